@@ -1,0 +1,1 @@
+"""Measurements of Megatron Lite beside its peers."""

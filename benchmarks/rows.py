@@ -1,0 +1,85 @@
+"""The comparisons: which layout, with which microbatches, against which peer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from benchmarks.workloads import Dtype, Job, Workload
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout in one precision; `peers` are modules of benchmarks/peers. All contenders run the same microbatches."""
+
+    name: str
+    dtype: Dtype
+    peers: tuple[str, ...]
+    num_microbatches: int
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    default: bool = True
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        return (OURS, *(f"peers.{peer}" for peer in self.peers))
+
+    def job(self, contender: str, workload: Workload, weights: str, cores: int) -> Job:
+        """All processes together use `cores` threads, at least one each."""
+        per_step = workload.batch_size // self.dp
+        world_size = self.tp * self.pp * self.dp
+        return Job(
+            contender=contender,
+            workload=workload.name,
+            dtype=self.dtype,
+            micro_batch_size=per_step // self.num_microbatches,
+            threads=max(1, cores // world_size),
+            weights=weights,
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+        )
+
+
+def _all_rows() -> Iterator[Row]:
+    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
+    for dtype in dtypes:
+        yield Row(f"single-{dtype}", dtype, ("transformers_llama",), 4)
+    for dtype in dtypes:
+        yield Row(f"tp2-{dtype}", dtype, ("dtensor_tp",), 4, tp=2)
+    for dtype in dtypes:
+        for num_microbatches in (4, 8):
+            yield Row(f"pp2-m{num_microbatches}-{dtype}", dtype, ("torch_pipelining",), num_microbatches, pp=2)
+    for dtype in dtypes:
+        yield Row(f"dp2-{dtype}", dtype, ("ddp_zero",), 2, dp=2, default=False)
+    for dtype in dtypes:
+        yield Row(f"plain-{dtype}", dtype, ("plain_torch", "transformers_llama"), 4, default=False)
+
+
+ROWS = {row.name: row for row in _all_rows()}
+
+
+def select(names: str) -> list[Row]:
+    """Rows of a comma-separated list of names or beginnings of names; '' gives the default rows, 'all' all of them.
+
+    Raises ValueError for a word that no row begins with.
+    """
+    if not names:
+        return [row for row in ROWS.values() if row.default]
+    words = ["" if word.strip() == "all" else word.strip() for word in names.split(",") if word.strip()]
+    for word in words:
+        if not any(name.startswith(word) for name in ROWS):
+            raise ValueError(f"--rows: no row begins with {word!r}; there are: {', '.join(ROWS)} (or 'all')")
+    return [row for row in ROWS.values() if any(row.name.startswith(word) for word in words)]
+
+
+def require(contenders: list[str]) -> None:
+    """Raise ValueError if a contender has no module, before minutes go into the others."""
+    for contender in contenders:
+        if find_spec(f"benchmarks.{contender}") is None:
+            path = f"benchmarks/{contender.replace('.', '/')}.py"
+            raise ValueError(f"contender {contender!r}: {path} does not exist; --only peers measures the peers alone")

@@ -1,0 +1,187 @@
+"""Whole optimizer steps of Megatron Lite beside its peers: `python benchmarks/train_step.py --help`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+if __package__ in (None, ""):  # run as a script: the repository, not this folder, is where `benchmarks` is found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import results
+from benchmarks.results import Record
+from benchmarks.rows import OURS, ROWS, Row, require, select
+from benchmarks.team import ContenderFailed, Measurement, Team
+from benchmarks.workloads import WORKLOADS, Optimizer, Workload, write_weights
+
+
+class WorkloadName(StrEnum):
+    W1 = "W1"
+    W2 = "W2"
+
+
+class Only(StrEnum):
+    all = "all"
+    peers = "peers"
+    ours = "ours"
+
+
+def measure(row: Row, workload: Workload, teams: list[Team], rounds: int, warmup: int, progress: Progress) -> list[Record]:
+    """Let the teams run the same steps in turn, so that a disturbance of the machine hits all of them alike.
+
+    Every second round runs them in reverse order, so that none always follows the same other.
+    """
+    taken: list[list[Measurement]] = [[] for _ in teams]
+    task = progress.add_task(row.name, total=(warmup + rounds) * len(teams), note="")
+    for number in range(warmup + rounds):
+        order = list(enumerate(teams))
+        for index, team in order if number % 2 == 0 else reversed(order):
+            measurement = team.step(number)
+            taken[index].append(measurement)
+            note = f"{team.job.contender} {measurement.wall_s:.3f} s, loss {measurement.loss:.4f}"
+            progress.update(task, advance=1, note=note)
+    return [
+        Record(row.name, team.job.contender, team.num_parameters, team.build_peak_rss_bytes, steps[:warmup], steps[warmup:])
+        for team, steps in zip(teams, taken, strict=True)
+    ]
+
+
+def run_row(
+    row: Row,
+    workload: Workload,
+    *,
+    contenders: list[str],
+    weights: str,
+    cores: int,
+    rounds: int,
+    warmup: int,
+    timeout_s: float,
+    progress: Progress,
+) -> list[Record]:
+    """Start the row's contenders, one after the other, measure them in turn, and stop them."""
+    with ExitStack() as stack:
+        teams: list[Team] = []
+        for contender in contenders:
+            progress.console.print(f"[dim]{row.name}: starting {contender}[/dim]")
+            job = row.job(contender, workload, weights, cores)
+            teams.append(stack.enter_context(Team(job, timeout_s)))
+        return measure(row, workload, teams, rounds, warmup, progress)
+
+
+def describe_machine(cores: int) -> dict[str, Any]:
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {"cpu": cpu, "cores": cores, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def show(console: Console, records: list[Record]) -> None:
+    """A drawn table for a person who watches, and Markdown on standard output for a document."""
+    lines = results.table(records)
+    if console.is_terminal:
+        view = Table()
+        for index, column in enumerate(results.COLUMNS):
+            view.add_column(column, justify="left" if index < 2 else "right")
+        for line in lines:
+            view.add_row(*line)
+        console.print(view)
+    print(results.markdown(lines), flush=True)
+
+
+def main(
+    rows: Annotated[
+        str,
+        typer.Option(
+            help=f"Comma-separated rows, or beginnings of rows ('tp2', 'pp2-m4'), or 'all'. There are: {', '.join(ROWS)}. "
+            "Without it: all but dp2 and plain."
+        ),
+    ] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Measured steps of each contender; medians want 7 or more.")] = 7,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps of each contender before the measured ones.")] = 2,
+    workload: Annotated[
+        WorkloadName, typer.Option(help="W1: 32.0 M parameters. W2: 124.7 M. Both run 4096 tokens a step.")
+    ] = WorkloadName.W1,
+    only: Annotated[Only, typer.Option(help="Measure all contenders, or the peers, or ours, alone.")] = Only.all,
+    cores: Annotated[int, typer.Option(min=1, help="Threads of a contender, over all of its processes.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write every measurement, with the summary, to this JSON file.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a contender may take to build, or for one step.")] = 600.0,
+    smoke: Annotated[bool, typer.Option(help="A tiny workload in the place of W1: does all of this work?")] = False,
+) -> None:
+    """Time whole optimizer steps (zero the gradients, forward, backward, clip by the global norm, AdamW) of Megatron
+    Lite and of its peers.
+
+    The contenders of a row do the same work: same weights, same tokens, same microbatches, same number of threads.
+    Each lives in processes of its own, and they run one step each, in turn; who does not run, sleeps. The losses and
+    gradient norms of all contenders are compared at every step, and the benchmark fails if they differ.
+
+    Prints a table, and the same as Markdown: the best and the median wall time, the median of the CPU seconds summed
+    over ranks, the largest resident set of any rank, and the time of ours divided by that of the contender on the line
+    (ratio of medians; median of the ratios of each round): below 1 means that ours is faster.
+
+    Example: python benchmarks/train_step.py --rows single,tp2-fp32 --rounds 9 --out step.json
+    """
+    console = Console(stderr=True)
+    shape = WORKLOADS["smoke"] if smoke else WORKLOADS[workload.value]
+    records: list[Record] = []
+    problems: list[str] = []
+    try:
+        chosen = select(rows)
+        wanted = {
+            row.name: [c for c in row.contenders if only is Only.all or (c == OURS) == (only is Only.ours)] for row in chosen
+        }
+        require([contender for names in wanted.values() for contender in names])
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        with tempfile.TemporaryDirectory() as weights, Progress(*columns, console=console) as progress:
+            write_weights(shape, Path(weights))
+            for row in chosen:
+                fresh = run_row(
+                    row,
+                    shape,
+                    contenders=wanted[row.name],
+                    weights=weights,
+                    cores=cores,
+                    rounds=rounds,
+                    warmup=warmup,
+                    timeout_s=timeout,
+                    progress=progress,
+                )
+                records += fresh
+                problems += results.disagreements(row, shape, fresh)
+    except (ValueError, ContenderFailed) as error:
+        console.print(str(error), style="bold red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    show(console, records)
+    if out is not None:
+        document = {
+            "machine": describe_machine(cores),
+            "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "GOMP_", "KMP_"))},
+            "workload": asdict(shape) | {"flops_per_token": shape.flops_per_token, "num_parameters": shape.num_parameters},
+            "optimizer": asdict(Optimizer()),
+            "records": [record.to_json(shape) for record in records],
+            "disagreements": problems,
+        }
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    for warning in filter(None, map(results.spinning, records)):
+        console.print(f"warning: {warning}", style="yellow", highlight=False)
+    if problems:
+        console.print("the contenders did not compute the same thing:\n" + "\n".join(problems), style="bold red", markup=False)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,353 @@
+"""The configuration of a run, as frozen and strict pydantic models.
+
+Every field states its type, its bounds, its unit and what it does; nothing here reads a file, the environment or the
+device. A default that follows from other keys (``num_kv_heads`` from ``num_heads``) is filled in while the model is
+made, so that a `RunConfig` holds concrete values and its readers never repeat the rule. What depends on the number
+of processes (``parallel.dp``) is filled in by `megatron_lite.config.load.with_world`.
+
+Rules that span several keys live in `megatron_lite.config.rules`; reading files and overrides lives in
+`megatron_lite.config.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+FFN_MULTIPLE = 64
+"""A Llama feed-forward width that is not given is rounded up to this: whole vector registers and tiles."""
+
+
+def _sequence_to_tuple(value: Any) -> Any:
+    """YAML and callers give lists; a frozen config holds tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _paths_to_tuple(value: Any) -> Any:
+    """One path may stand for a list of one; an empty (null) key is an empty list."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else _sequence_to_tuple(value)
+
+
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_paths_to_tuple)]
+LayerCounts = Annotated[tuple[int, ...], BeforeValidator(_sequence_to_tuple)]
+
+
+def default_ffn_hidden_size(family: str, hidden_size: int) -> int:
+    """Width of the feed-forward block when it is not given.
+
+    gpt2: 4 * hidden. llama: 8/3 * hidden, which gives SwiGLU's three matrices the parameters of two of width
+    4 * hidden (Shazeer 2020, arXiv:2002.05202, section 3), rounded up to `FFN_MULTIPLE`.
+    """
+    if family == "gpt2":
+        return 4 * hidden_size
+    return -(-8 * hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
+
+
+def _derived(rule: str, formula: Callable[[dict[str, Any]], Any], **field: Any) -> Any:
+    """A field whose default is computed from the fields above it; ``rule`` says how, for the help.
+
+    Where one of those is invalid there is no default. The model is refused for that field, so nobody sees the None.
+    """
+
+    def factory(data: dict[str, Any]) -> Any:
+        try:
+            return formula(data)
+        except KeyError:
+            return None
+
+    return Field(default_factory=factory, json_schema_extra={"default": rule}, **field)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced, and nothing changes after validation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        """``num_kv_heads: null`` is the same as leaving the key out, where the default is derived from other keys."""
+        if not isinstance(data, dict):
+            return data
+        derived = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
+        return {key: value for key, value in data.items() if not (value is None and key in derived)}
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are changed so that a model reaches beyond the context it was first trained on."""
+
+    type: Literal["linear", "llama3"] = Field(
+        description="linear: every frequency is divided by `factor` (Chen et al. 2023, arXiv:2306.15595); "
+        "llama3: only the low frequencies are, with a smooth ramp between (Llama 3.1)"
+    )
+    factor: float = Field(gt=0, description="divisor of the rotary frequencies (ratio of new to old context)")
+    low_freq_factor: float = Field(
+        default=1.0,
+        gt=0,
+        description="llama3: wavelengths above original_max_seq_len / low_freq_factor (tokens) are fully scaled",
+    )
+    high_freq_factor: float = Field(
+        default=4.0,
+        gt=0,
+        description="llama3: wavelengths below original_max_seq_len / high_freq_factor (tokens) are left alone",
+    )
+    original_max_seq_len: int = Field(
+        default=8192, ge=1, description="llama3: context of the model before scaling, tokens"
+    )
+
+
+class ModelConfig(Section):
+    """The architecture. Two configs that are equal here have parameters of the same names and global shapes."""
+
+    family: Literal["llama", "gpt2"] = Field(
+        description="llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases; "
+        "gpt2: LayerNorm, learned positions, GELU, biases"
+    )
+    vocab_size: int = Field(ge=2, description="number of token ids; any number, padding for tp is internal")
+    hidden_size: int = Field(ge=1, description="width of the residual stream, elements")
+    num_layers: int = Field(ge=1, description="number of transformer layers")
+    num_heads: int = Field(ge=1, description="number of query heads in each layer")
+    num_kv_heads: int = _derived(
+        "num_heads",
+        lambda data: data["num_heads"],
+        ge=1,
+        description="number of key-value heads in each layer; fewer than num_heads is grouped-query attention, "
+        "1 is multi-query; gpt2 has num_heads of them",
+    )
+    head_dim: int = _derived(
+        "hidden_size / num_heads",
+        lambda data: max(1, data["hidden_size"] // data["num_heads"]),
+        ge=1,
+        description="width of one attention head, elements",
+    )
+    ffn_hidden_size: int = _derived(
+        f"llama: 8/3 * hidden_size rounded up to {FFN_MULTIPLE}; gpt2: 4 * hidden_size",
+        lambda data: default_ffn_hidden_size(data["family"], data["hidden_size"]),
+        ge=1,
+        description="inner width of the feed-forward block, elements",
+    )
+    max_seq_len: int = Field(ge=1, description="longest sequence the model takes, tokens")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies; llama only")
+    rope_scaling: RopeScaling | None = Field(default=None, description="change of the rotary frequencies; llama only")
+    norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance inside every norm")
+    tie_embeddings: bool = _derived(
+        "gpt2: true; llama: false",
+        lambda data: data["family"] == "gpt2",
+        description="whether the output head is the embedding matrix",
+    )
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+
+
+class ParallelConfig(Section):
+    """The layout. It changes where numbers are computed, never which numbers."""
+
+    tp: int = Field(default=1, ge=1, description="tensor-parallel size, processes")
+    pp: int = Field(default=1, ge=1, description="number of pipeline stages, processes")
+    dp: int | None = Field(
+        default=None,
+        ge=1,
+        description="data-parallel size, processes",
+        json_schema_extra={"default": "world size / (tp * pp * cp)"},
+    )
+    cp: int = Field(default=1, ge=1, description="context-parallel size, processes; this version has 1 only")
+    sequence_parallel: bool = Field(
+        default=False,
+        description="whether norms and residuals between tensor-parallel blocks are split over tp along the sequence; "
+        "no effect at tp = 1",
+    )
+    schedule: Literal["gpipe", "1f1b"] = Field(
+        default="1f1b", description="pipeline schedule; 1f1b keeps at most pp microbatches in flight, gpipe all"
+    )
+    stage_layers: LayerCounts | None = Field(
+        default=None,
+        description="number of layers of each pipeline stage, first to last",
+        json_schema_extra={"default": "as even as num_layers / pp allows"},
+    )
+    zero_stage: Literal[0, 1] = Field(
+        default=1, description="0: each dp rank holds the whole optimizer state; 1: each holds a 1/dp slice (ZeRO)"
+    )
+
+
+class TrainConfig(Section):
+    """The size of a step, the number of steps, and the arithmetic."""
+
+    seq_len: int = Field(ge=1, description="length of a training sequence, tokens")
+    micro_batch_size: int = Field(default=1, ge=1, description="sequences in one forward pass of one dp rank")
+    global_batch_size: int = Field(ge=1, description="sequences in one optimizer step, over all dp ranks")
+    num_steps: int = Field(ge=1, description="number of optimizer steps")
+    seed: int = Field(default=1234, ge=0, le=2**63 - 1, description="seed of the initial weights and of the data order")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        default="fp32",
+        description="arithmetic; bf16 computes in bfloat16 with fp32 master weights and fp32 gradient accumulation",
+    )
+    eval_interval: int = Field(
+        default=0, ge=0, description="optimizer steps between evaluations on data.valid; 0: only after the last step"
+    )
+    eval_batches: int = Field(default=8, ge=1, description="most global batches read from data.valid in one evaluation")
+    log_interval: int = Field(
+        default=1, ge=1, description="optimizer steps between lines on the console (metrics.jsonl has every step)"
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of each process",
+        json_schema_extra={"default": "cores / processes on this machine, at least 1"},
+    )
+    collective_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait for the other processes before a run is given up, seconds"
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning rate over time."""
+
+    name: Literal["adamw"] = Field(
+        default="adamw", description="optimizer; AdamW with decoupled weight decay (arXiv:1711.05101)"
+    )
+    lr: float = Field(default=3e-4, gt=0, description="highest learning rate, reached at step warmup_steps")
+    min_lr: float = _derived(
+        "0.1 * lr",
+        lambda data: 0.1 * data["lr"],
+        ge=0,
+        description="learning rate at the end of the decay; no effect with schedule=constant",
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="learning rate after warm-up: cosine or linear decay to min_lr, constant, "
+        "or wsd (constant, then a linear decay over the last decay_steps)",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="optimizer steps of warm-up; step t, from 1, uses lr * t / warmup_steps"
+    )
+    decay_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="cosine and linear: the step at which min_lr is reached, counted from 1; "
+        "wsd: how many of the last steps decay; constant: no effect",
+        json_schema_extra={"default": "train.num_steps; wsd: a fifth of it"},
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled weight decay, per unit of learning rate; not on norms and biases"
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
+    clip_grad_norm: float = Field(
+        default=1.0, ge=0, description="largest 2-norm of the whole gradient; a larger one is scaled down; 0: off"
+    )
+
+
+class DataConfig(Section):
+    """Token files and the order in which they are read."""
+
+    train: Paths = Field(
+        default=(), description="path prefixes of the .bin/.idx pairs to train on, a list or one string"
+    )
+    valid: Paths = Field(
+        default=(), description="path prefixes of the .bin/.idx pairs to evaluate on, a list or one string"
+    )
+    tokenizer: str | None = Field(
+        default=None, min_length=1, description="Hugging Face tokenizers file (tokenizer.json) that made the tokens"
+    )
+    shuffle: bool = Field(default=True, description="whether samples are permuted anew in each epoch, from train.seed")
+    isolate_documents: bool = Field(
+        default=False, description="whether attention and positions stop at document boundaries inside a sequence"
+    )
+
+
+class InitConfig(Section):
+    """Where the first weights come from."""
+
+    from_hf: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of a Hugging Face Llama or GPT-2 checkpoint in safetensors to start from",
+        json_schema_extra={"default": "random weights from train.seed"},
+    )
+
+
+class RunSettings(Section):
+    """Where a run leaves its results, what it reports to, and the device it uses."""
+
+    name: str = Field(
+        default="run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run; results go to dir/name",
+        json_schema_extra={"default": "name of the config file without .yaml"},
+    )
+    dir: str = Field(default="runs", min_length=1, description="folder that holds the folders of runs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="device to compute on; auto: cuda when there is one for each process, else cpu"
+    )
+    wandb: Literal["off", "offline", "online"] = Field(
+        default="off", description="Weights & Biases: one run for all ranks; offline writes it to disk only"
+    )
+    tensorboard: bool = Field(default=False, description="whether TensorBoard event files are written")
+    save_weights: bool = Field(
+        default=True, description="whether the final weights are written, as Hugging Face safetensors"
+    )
+
+
+class KernelsConfig(Section):
+    """Which implementation of an operation runs. One that is asked for by name and cannot run is an error."""
+
+    rms_norm: Literal["auto", "reference", "cpu", "triton", "cuda"] = Field(
+        default="auto", description="implementation of RMSNorm; auto: the fastest that runs on the device"
+    )
+    attention: Literal["auto", "reference", "sdpa"] = Field(
+        default="auto", description="implementation of attention; auto: sdpa where it computes the same, else reference"
+    )
+
+
+class RunConfig(Section):
+    """Everything that a run is. Equal configs give equal results."""
+
+    model: ModelConfig = Field(description="the architecture: keys, or the path of a YAML file that holds them")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout over processes")
+    train: TrainConfig = Field(description="batch, steps and arithmetic")
+    optim: OptimConfig = Field(default_factory=OptimConfig, validate_default=True, description="optimizer")
+    data: DataConfig = Field(default_factory=DataConfig, description="token files")
+    init: InitConfig = Field(default_factory=InitConfig, description="first weights")
+    run: RunSettings = Field(default_factory=RunSettings, description="results and device")
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig, description="implementations of operations")
+
+    @field_validator("optim", mode="after")
+    @classmethod
+    def _fill_decay_steps(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
+        """The one default that reaches across sections: how long the learning rate decays."""
+        train = info.data.get("train")
+        if optim.decay_steps is not None or train is None:
+            return optim
+        return optim.model_copy(update={"decay_steps": default_decay_steps(optim.schedule, train.num_steps)})
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size, processes."""
+        assert self.parallel.dp is not None, "parallel.dp depends on the number of processes: use with_world first"
+        return self.parallel.dp
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the layout."""
+        return self.dp * self.parallel.tp * self.parallel.pp * self.parallel.cp
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes of each dp rank in one optimizer step."""
+        per_pass = self.train.micro_batch_size * self.dp
+        assert self.train.global_batch_size % per_pass == 0, "rules.py lets no such batch through"
+        return self.train.global_batch_size // per_pass
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of one global batch when no document boundary masks any."""
+        return self.train.global_batch_size * self.train.seq_len
+
+
+def default_decay_steps(schedule: str, num_steps: int) -> int:
+    """Length of the decay when it is not given; a fifth for wsd (Hägele et al. 2024, arXiv:2405.18392, section 4)."""
+    return max(1, num_steps // 5) if schedule == "wsd" else num_steps

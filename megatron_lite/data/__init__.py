@@ -1,0 +1,22 @@
+"""Tokens on disk (Megatron's .bin/.idx pairs), samples, their order, and the batches of a rank."""
+
+from __future__ import annotations
+
+from megatron_lite.data.dataset import Sample, TokenDataset
+from megatron_lite.data.files import DataError
+from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.data.loader import IGNORE_INDEX, BatchLoader, Microbatch
+from megatron_lite.data.order import SampleOrder, batch_indices
+
+__all__ = [
+    "IGNORE_INDEX",
+    "BatchLoader",
+    "DataError",
+    "IndexedReader",
+    "IndexedWriter",
+    "Microbatch",
+    "Sample",
+    "SampleOrder",
+    "TokenDataset",
+    "batch_indices",
+]

@@ -1,0 +1,186 @@
+"""Every collective of the project, each with its dual, and none without its axis.
+
+The pairs stand side by side: what one does in forward, the other does in backward.
+
+=====================  ==========================================  ==========================================
+function               forward                                     backward
+=====================  ==========================================  ==========================================
+``copy_to``            identity                                    all-reduce (sum)
+``reduce_from``        all-reduce (sum)                            identity
+``gather_tokens``      all-gather along dimension 0                reduce-scatter along dimension 0
+``scatter_sum_tokens`` reduce-scatter along dimension 0            all-gather along dimension 0
+=====================  ==========================================  ==========================================
+
+Sums that a slice takes part in are made in rank order (exchange the slices all-to-all, then add), so the result does
+not depend on an algorithm that the library chose. An axis of size 1 costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lite.distributed.mesh import Axis
+
+
+class Pending:
+    """A collective under way. ``wait()`` returns its result."""
+
+    def __init__(self, result: Tensor, work: Any = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+    def is_done(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+
+def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """Reduces ``tensor`` in place over ``axis`` (``op``: sum, max or min) and returns it."""
+    return start_all_reduce(tensor, axis, op).wait()
+
+
+def start_all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Pending:
+    if axis.size == 1:
+        return Pending(tensor)
+    operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+    return Pending(tensor, dist.all_reduce(tensor, op=operation, group=axis.group, async_op=True))
+
+
+def start_all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
+    """Starts to collect the shards of all ranks along dimension 0: ``[n, ...] -> [axis.size * n, ...]``."""
+    if axis.size == 1:
+        return Pending(shard if out is None else out.copy_(shard))
+    if out is None:
+        out = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
+    return Pending(out, dist.all_gather_into_tensor(out, shard.contiguous(), group=axis.group, async_op=True))
+
+
+def all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Tensor:
+    return start_all_gather(shard, axis, out).wait()
+
+
+class PendingSum(Pending):
+    """A reduce-scatter under way: the slices travel, and ``wait()`` adds them in rank order."""
+
+    def wait(self) -> Tensor:
+        slices = super().wait()
+        total = slices[0].clone()
+        for contribution in slices[1:]:
+            total += contribution
+        return total
+
+
+def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
+    """Starts ``[axis.size * n, ...] -> [n, ...]``: this rank's slice of the sum over ``axis``, added in rank order."""
+    if axis.size == 1:
+        return Pending(tensor)
+    assert tensor.shape[0] % axis.size == 0, f"{tuple(tensor.shape)} does not divide by {axis.size}"
+    received = tensor.new_empty((axis.size, tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    work = dist.all_to_all_single(received.view(tensor.shape), tensor.contiguous(), group=axis.group, async_op=True)
+    return PendingSum(received, work)
+
+
+def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
+    return start_reduce_scatter(tensor, axis).wait()
+
+
+def broadcast(tensor: Tensor, axis: Axis, source_index: int = 0) -> Tensor:
+    """Copies the tensor of the rank at ``source_index`` of the axis into ``tensor`` on all, and returns it."""
+    if axis.size > 1:
+        dist.broadcast(tensor, src=axis.ranks[source_index], group=axis.group)
+    return tensor
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's ``value``, in order of the axis, on every rank. For small things that are no tensors."""
+    if axis.size == 1:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def barrier(axis: Axis) -> None:
+    if axis.size > 1:
+        dist.barrier(group=axis.group)
+
+
+def start_send(tensor: Tensor, axis: Axis, to_index: int, tag: int = 0) -> Pending:
+    """Starts to send to a neighbour on ``axis``; the tensor must stay unchanged until ``wait()`` has returned."""
+    assert tensor.is_contiguous()
+    return Pending(tensor, dist.isend(tensor, dst=axis.ranks[to_index], group=axis.group, tag=tag))
+
+
+def start_receive(buffer: Tensor, axis: Axis, from_index: int, tag: int = 0) -> Pending:
+    return Pending(buffer, dist.irecv(buffer, src=axis.ranks[from_index], group=axis.group, tag=tag))
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad.contiguous().clone(), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x.contiguous().clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis), None
+
+
+class _ScatterSumTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """Enters a region where each rank computes a part of the output: the gradients of the parts are summed."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """Leaves a region where each rank holds a partial sum."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+
+
+def gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """``[T / axis.size, H] -> [T, H]``; each rank's gradient of the whole is a partial sum."""
+    return x if axis.size == 1 else _GatherTokens.apply(x, axis)
+
+
+def scatter_sum_tokens(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums ``[T, H]`` to this rank's tokens of the sum, ``[T / axis.size, H]``."""
+    return x if axis.size == 1 else _ScatterSumTokens.apply(x, axis)

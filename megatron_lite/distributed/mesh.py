@@ -1,0 +1,91 @@
+"""The mesh: who this process is, and the process group of each axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_lite.distributed.topology import AXES, Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis as this rank sees it: its size, this rank's index on it, and the group that spans it."""
+
+    name: str
+    size: int
+    index: int
+    ranks: range
+    group: ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.size - 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All axes of a layout, passed by keyword to whatever communicates.
+
+    ``world`` spans every rank. ``pp_return`` has the ranks of ``pp``, and carries gradients back while ``pp`` carries
+    activations forward: on NCCL each direction is then one ordered stream, and neither waits for the other.
+    """
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    ep: Axis
+    tp: Axis
+    pp_return: Axis
+    world: Axis
+
+    def axis(self, name: str) -> Axis:
+        axis: Axis = getattr(self, name)
+        return axis
+
+
+def build_mesh(layout: Layout, *, device: torch.device) -> Mesh:
+    """Builds the mesh of ``layout`` over the default process group, which must have ``layout.world_size`` ranks.
+
+    Raises ValueError if the world has another size.
+    """
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    if world_size != layout.world_size:
+        raise ValueError(
+            f"the layout {layout} needs {layout.world_size} processes, and {world_size} were started: "
+            f"start {layout.world_size}, or change parallel.tp, parallel.pp or parallel.dp"
+        )
+    device_mesh: DeviceMesh = init_device_mesh(
+        device.type, tuple(layout.size(axis) for axis in AXES), mesh_dim_names=AXES
+    )
+
+    def along(name: str, group: ProcessGroup | None) -> Axis:
+        return Axis(name, layout.size(name), layout.index(rank, name), layout.ranks_along(rank, name), group)
+
+    axes = {name: along(name, device_mesh.get_group(name)) for name in AXES}
+    pp_return = along("pp", _second_group_of(layout, rank, "pp"))
+    world = Axis("world", world_size, rank, range(world_size), torch.distributed.group.WORLD)
+    return Mesh(layout=layout, rank=rank, device=device, pp_return=pp_return, world=world, **axes)
+
+
+def _second_group_of(layout: Layout, rank: int, axis: str) -> ProcessGroup | None:
+    """Another process group over the same ranks as ``axis``. All ranks must make all groups, in the same order."""
+    if layout.size(axis) == 1:
+        return None
+    own = None
+    for first in (r for r in range(layout.world_size) if layout.index(r, axis) == 0):
+        ranks = layout.ranks_along(first, axis)
+        group = torch.distributed.new_group(list(ranks))
+        if rank in ranks:
+            own = group
+    return own

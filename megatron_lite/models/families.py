@@ -1,0 +1,105 @@
+"""The model families: what distinguishes them, and the table of their parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_lite.config.schema import ModelConfig
+from megatron_lite.models.identity import Block, ParameterSpec, ParameterTable
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a transformer of this family is made of."""
+
+    norm: str  # 'rms_norm' or 'layer_norm'
+    positions: str  # 'rotary' or 'learned'
+    activation: str  # 'swiglu' or 'gelu'
+    biases: bool
+
+
+FAMILIES = {
+    "llama": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False),
+    "gpt2": Family(norm="layer_norm", positions="learned", activation="gelu", biases=True),
+}
+
+
+def parameter_table(config: ModelConfig) -> ParameterTable:
+    """Every parameter of the model, in the order of use: embedding, layers, final norm, head."""
+    family = FAMILIES[config.family]
+    hidden = config.hidden_size
+    specs = [
+        ParameterSpec(
+            "embedding.tokens.weight", (config.vocab_size, hidden), shard_dim=0, is_vocabulary=True, std=config.init_std
+        )
+    ]
+    if family.positions == "learned":
+        specs.append(
+            ParameterSpec(
+                "embedding.positions.weight",
+                (config.max_seq_len, hidden),
+                partial_under_sequence_parallel=True,
+                std=config.init_std,
+            )
+        )
+    for layer in range(config.num_layers):
+        specs += _layer(config, family, f"layers.{layer}.")
+    specs += _norm(family, "final_norm", hidden)
+    specs.append(
+        ParameterSpec(
+            "head.weight",
+            (config.vocab_size, hidden),
+            shard_dim=0,
+            is_vocabulary=True,
+            std=config.init_std,
+            tied_to="embedding.tokens.weight" if config.tie_embeddings else None,
+        )
+    )
+    return ParameterTable(tuple(specs))
+
+
+def _layer(config: ModelConfig, family: Family, prefix: str) -> list[ParameterSpec]:
+    hidden, ffn, head_dim = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    query, key = Block(config.num_heads, head_dim), Block(config.num_kv_heads, head_dim)
+    up = (Block(ffn), Block(ffn)) if family.activation == "swiglu" else (Block(ffn),)
+    # Projections back into the residual stream start smaller, so that its variance does not grow with depth
+    # (GPT-2, Radford et al. 2019, section 2.3).
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    return [
+        *_norm(family, prefix + "attention_norm", hidden),
+        *_column(config, family, prefix + "attention.qkv", (query, key, key)),
+        *_row(family, prefix + "attention.out", (hidden, query.size), (query,), residual_std),
+        *_norm(family, prefix + "mlp_norm", hidden),
+        *_column(config, family, prefix + "mlp.up", up),
+        *_row(family, prefix + "mlp.down", (hidden, ffn), (Block(ffn),), residual_std),
+    ]
+
+
+def _norm(family: Family, name: str, hidden: int) -> list[ParameterSpec]:
+    weight = ParameterSpec(
+        f"{name}.weight", (hidden,), partial_under_sequence_parallel=True, decay=False, init="ones"
+    )
+    bias = ParameterSpec(f"{name}.bias", (hidden,), partial_under_sequence_parallel=True, decay=False, init="zeros")
+    return [weight, bias] if family.norm == "layer_norm" else [weight]
+
+
+def _column(config: ModelConfig, family: Family, name: str, blocks: tuple[Block, ...]) -> list[ParameterSpec]:
+    rows = sum(block.size for block in blocks)
+    specs = [ParameterSpec(f"{name}.weight", (rows, config.hidden_size), shard_dim=0, blocks=blocks, std=config.init_std)]
+    if family.biases:
+        specs.append(ParameterSpec(f"{name}.bias", (rows,), shard_dim=0, blocks=blocks, decay=False, init="zeros"))
+    return specs
+
+
+def _row(
+    family: Family, name: str, shape: tuple[int, int], blocks: tuple[Block, ...], std: float
+) -> list[ParameterSpec]:
+    specs = [ParameterSpec(f"{name}.weight", shape, shard_dim=1, blocks=blocks, std=std)]
+    if family.biases:
+        specs.append(
+            ParameterSpec(
+                f"{name}.bias", shape[:1], partial_under_sequence_parallel=True, decay=False, init="zeros"
+            )
+        )
+    return specs

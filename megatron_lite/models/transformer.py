@@ -1,0 +1,206 @@
+"""The transformer, as one reads it and runs it on one device. It does not know that it is parallel.
+
+Tensors carry their shape as a suffix: B batch, S sequence, T = B * S tokens, H hidden, N heads, K key-value heads,
+D head dimension, V vocabulary. Between blocks the activations are ``x_TH``: attention alone needs to know where a
+sequence begins, everything else acts on tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_lite.config.schema import KernelsConfig, ModelConfig
+from megatron_lite.models.families import FAMILIES, Family
+from megatron_lite.models.positions import rotary_angles
+from megatron_lite.ops.attention import attention
+from megatron_lite.ops.gelu import gelu
+from megatron_lite.ops.layer_norm import layer_norm
+from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_lite.ops.rms_norm import rms_norm
+from megatron_lite.ops.rotary import rotary
+from megatron_lite.ops.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What the blocks need to know of a microbatch besides its activations.
+
+    positions: int64 ``[B or 1, S]``. documents: int ``[B, S]``, the document each token belongs to, or None where
+    a token may see every token before it. rotary: cosines and sines, for families that rotate.
+    """
+
+    batch_size: int
+    seq_len: int
+    positions: Tensor
+    documents: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+class Linear(nn.Module):
+    """``y = x W^T + b``, split into ``split_sizes`` along the last dimension if several projections are fused."""
+
+    def __init__(self, in_features: int, split_sizes: Sequence[int], bias: bool) -> None:
+        super().__init__()
+        self.split_sizes = tuple(split_sizes)
+        self.weight = nn.Parameter(torch.empty(sum(split_sizes), in_features))
+        self.bias = nn.Parameter(torch.empty(sum(split_sizes))) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension."""
+
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
+        super().__init__()
+        self.eps, self.backend = config.norm_eps, kernels.rms_norm
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if family.norm == "layer_norm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.backend)
+
+
+class Embedding(nn.Module):
+    """A table of vectors: ids ``[...]`` to ``[..., H]``."""
+
+    def __init__(self, num_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class InputEmbedding(nn.Module):
+    """Token ids ``[B, S]`` to activations ``[T, H]``, with learned positions added where the family has them."""
+
+    def __init__(self, config: ModelConfig, family: Family) -> None:
+        super().__init__()
+        self.tokens = Embedding(config.vocab_size, config.hidden_size)
+        learned = family.positions == "learned"
+        self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
+
+    def forward(self, token_ids_BS: Tensor, sequences: Sequences) -> Tensor:
+        x_TH: Tensor = self.tokens(token_ids_BS.flatten())
+        if self.positions is not None:
+            x_TH = x_TH + self.positions(sequences.positions.expand_as(token_ids_BS).flatten())
+        return x_TH
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key-value heads. The weights say how many heads there are."""
+
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
+        super().__init__()
+        self.head_dim, self.backend = config.head_dim, kernels.attention
+        query, key = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
+        self.qkv = Linear(config.hidden_size, (query, key, key), bias=family.biases)
+        self.out = Linear(query, (config.hidden_size,), bias=family.biases)
+
+    def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
+        lead = (sequences.batch_size, sequences.seq_len)
+        projected = self.qkv(x_TH).split(self.qkv.split_sizes, dim=-1)
+        q_BSND, k_BSKD, v_BSKD = (part.view(*lead, -1, self.head_dim) for part in projected)
+        if sequences.rotary is not None:
+            q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary)
+        mixed_BSND = attention(q_BSND, k_BSKD, v_BSKD, documents=sequences.documents, backend=self.backend)
+        return self.out(mixed_BSND.flatten(2).flatten(0, 1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020) on a fused gate and up projection, or GELU."""
+
+    def __init__(self, config: ModelConfig, family: Family) -> None:
+        super().__init__()
+        ffn = config.ffn_hidden_size
+        self.is_gated = family.activation == "swiglu"
+        self.up = Linear(config.hidden_size, (ffn, ffn) if self.is_gated else (ffn,), bias=family.biases)
+        self.down = Linear(ffn, (config.hidden_size,), bias=family.biases)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        activation = swiglu if self.is_gated else gelu
+        return self.down(activation(self.up(x_TH)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config, family, kernels)
+        self.attention = Attention(config, family, kernels)
+        self.mlp_norm = Norm(config, family, kernels)
+        self.mlp = MLP(config, family)
+
+    def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), sequences)
+        return x_TH + self.mlp(self.mlp_norm(x_TH))  # type: ignore[no-any-return]
+
+
+class LossHead(nn.Module):
+    """Activations to logits, and to the sum of the token losses without ever holding all logits.
+
+    Its weight is a parameter of its own also where it is tied to the embedding: the two uses of a tied table gather
+    their gradients apart, on whatever stages they are, and these are added once.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.saves_gradients = True
+
+    def forward(self, x_TH: Tensor, targets_BS: Tensor) -> Tensor:
+        return linear_cross_entropy(x_TH, self.weight, targets_BS.flatten(), saves_gradients=self.saves_gradients)
+
+    def logits(self, x_TH: Tensor) -> Tensor:
+        return F.linear(x_TH, self.weight)
+
+
+class Transformer(nn.Module):
+    """The whole model, or a pipeline stage of it: a part that is elsewhere is None or absent from ``layers``."""
+
+    embedding: InputEmbedding | None
+    final_norm: Norm | None
+    head: LossHead | None
+
+    def __init__(self, config: ModelConfig, kernels: KernelsConfig) -> None:
+        super().__init__()
+        family = FAMILIES[config.family]
+        self.config, self.rotates = config, family.positions == "rotary"
+        self.embedding = InputEmbedding(config, family)
+        self.layers = nn.ModuleDict({str(i): Block(config, family, kernels) for i in range(config.num_layers)})
+        self.final_norm = Norm(config, family, kernels)
+        self.head = LossHead(config)
+
+    def sequences(
+        self, batch_size: int, seq_len: int, positions: Tensor | None, documents: Tensor | None, like: Tensor
+    ) -> Sequences:
+        """Describes a microbatch; ``like`` gives the device and, if it is floating point, the compute dtype."""
+        if positions is None:
+            positions = torch.arange(seq_len, device=like.device)[None]
+        rotary_table = rotary_angles(self.config, positions, like.dtype) if self.rotates else None
+        return Sequences(batch_size, seq_len, positions, documents, rotary_table)
+
+    def hidden(self, inputs: Tensor, sequences: Sequences) -> Tensor:
+        """Token ids ``[B, S]`` on the first stage, activations ``[T, H]`` on others, to activations ``[T, H]``."""
+        x_TH = self.embedding(inputs, sequences) if self.embedding is not None else inputs
+        for layer in self.layers.values():
+            x_TH = layer(x_TH, sequences)
+        return self.final_norm(x_TH) if self.final_norm is not None else x_TH
+
+    def forward(self, inputs: Tensor, sequences: Sequences, targets_BS: Tensor | None = None) -> Tensor:
+        """Activations for the next stage or, on the last one, the sum of the token losses (a scalar)."""
+        x_TH = self.hidden(inputs, sequences)
+        if self.head is None:
+            return x_TH
+        assert targets_BS is not None, "the last stage computes a loss and needs targets"
+        return self.head(x_TH, targets_BS)  # type: ignore[no-any-return]

@@ -1,0 +1,139 @@
+"""Which implementation of an op runs, and why.
+
+Every op has a table row: its backends from fastest to slowest as measured, each with the devices and dtypes it covers
+and a check of whether it is there. `auto` takes the first that can run; the last one, the reference, always can. A
+backend that is asked for by name and cannot run raises; `auto` passing over a kernel that is missing is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.ops import native
+
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_ALL_FLOATS = _FLOATS | {torch.float64}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op. `missing` says why it cannot run on this machine, with the remedy, or None."""
+
+    name: str
+    dtypes: frozenset[torch.dtype]
+    devices: frozenset[str] | None  # device types; None: any
+    missing: Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs, and why it and none before it in the table."""
+
+    backend: str
+    reason: str
+
+
+def _always() -> str | None:
+    return None
+
+
+_CPU, _CUDA = frozenset({"cpu"}), frozenset({"cuda"})
+_NATIVE_CPU = Backend("cpu", _FLOATS, _CPU, native.missing_cpu)
+_REFERENCE = Backend("reference", _ALL_FLOATS, None, _always)
+
+BACKENDS: Mapping[str, tuple[Backend, ...]] = {
+    "rms_norm": (
+        Backend("cuda", _FLOATS, _CUDA, native.missing_cuda),
+        Backend("triton", _FLOATS, _CUDA, native.missing_triton),
+        _NATIVE_CPU,
+        _REFERENCE,
+    ),
+    "attention": (Backend("sdpa", _ALL_FLOATS, None, _always), _REFERENCE),
+    "layer_norm": (_REFERENCE,),
+    "rotary": (_NATIVE_CPU, _REFERENCE),
+    "swiglu": (_NATIVE_CPU, _REFERENCE),
+    "gelu": (_REFERENCE,),
+}
+
+
+def _obstacle(backend: Backend, dtype: torch.dtype, device: str) -> str | None:
+    """Why `backend` cannot take a `dtype` tensor on a `device`, or None."""
+    if backend.devices is not None and device not in backend.devices:
+        return f"it runs on {'/'.join(sorted(backend.devices))}, not on {device}"
+    if dtype not in backend.dtypes:
+        return f"it takes {', '.join(sorted(str(d) for d in backend.dtypes))}, not {dtype}"
+    return backend.missing()
+
+
+@functools.cache
+def select(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
+    """The implementation of `op` that runs for `dtype` tensors on a device of type `device` ('cpu', 'cuda', ...).
+
+    Raises ValueError when `requested` is no backend of the op, or is one that cannot run here: the message says which
+    can, or what to install.
+    """
+    assert op in BACKENDS, f"unknown op {op!r}"
+    candidates = BACKENDS[op]
+    if requested != "auto":
+        return _by_name(op, requested, dtype, device)
+    passed_over = []
+    for backend in candidates:
+        obstacle = _obstacle(backend, dtype, device)
+        if obstacle is None:
+            reason = "; ".join(passed_over) or "the fastest as measured"
+            return Choice(backend.name, reason)
+        passed_over.append(f"not {backend.name}: {obstacle}")
+        # Covering the device and dtype and yet missing is what a user would want to know; the rest is by design.
+        if (backend.devices is None or device in backend.devices) and dtype in backend.dtypes:
+            _log_fallback(op, backend.name, obstacle)
+    raise AssertionError(f"{op}: no backend takes {dtype} on {device}")
+
+
+def _by_name(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
+    by_name = {backend.name: backend for backend in BACKENDS[op]}
+    if requested not in by_name:
+        raise ValueError(f"kernels.{op}={requested}: no such backend; one of auto, {', '.join(by_name)}")
+    obstacle = _obstacle(by_name[requested], dtype, device)
+    if obstacle is not None:
+        usable = [name for name, backend in by_name.items() if _obstacle(backend, dtype, device) is None]
+        raise ValueError(
+            f"kernels.{op}={requested} cannot run for {dtype} on {device}: {obstacle}. "
+            f"Usable here: auto, {', '.join(usable)}"
+        )
+    return Choice(requested, "asked for by name")
+
+
+@functools.cache
+def _log_fallback(op: str, backend: str, obstacle: str) -> None:
+    logger.warning("%s: the %s kernel is not used: %s", op, backend, obstacle)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One line of the table that `explain` returns."""
+
+    op: str
+    dtype: torch.dtype
+    device: str
+    choice: Choice
+    obstacles: Mapping[str, str]  # backend -> why it cannot run here
+
+
+def explain(op: str, dtype: torch.dtype, device: str) -> Explanation:
+    """What `auto` runs for `op`, `dtype` and `device`, and why each other backend would not run."""
+    obstacles = {backend.name: _obstacle(backend, dtype, device) for backend in BACKENDS[op]}
+    return Explanation(
+        op, dtype, device, select(op, "auto", dtype, device), {name: why for name, why in obstacles.items() if why}
+    )
+
+
+def table(device: str = "cpu") -> list[Explanation]:
+    """`explain` for every op and for fp32, bf16 and fp64, for a listing."""
+    return [explain(op, dtype, device) for op in BACKENDS for dtype in (torch.float32, torch.bfloat16, torch.float64)]

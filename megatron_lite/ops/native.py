@@ -1,0 +1,87 @@
+"""The compiled kernels: one shared library next to this file, built from csrc/ by setup.py.
+
+The library targets torch's stable ABI, so one build serves several Python and torch versions. Whatever part of it is
+missing has a reason, which setup.py wrote down when it built (or could not build) the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_native.so")
+BUILD_REPORT = Path(__file__).with_name("_native_build.json")
+
+_REBUILD = "then reinstall with `pip install -e . --no-build-isolation`"
+
+_OPERATORS = torch.library.Library("megatron_lite", "FRAGMENT")  # registrations last as long as this object
+
+
+def define_operator(schema: str, dispatch_key: str, kernel: Callable, fake: Callable) -> None:
+    """Defines megatron_lite::<schema>, run by `kernel` on devices of `dispatch_key` and by `fake` for shapes alone."""
+    name = schema.partition("(")[0]
+    _OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPERATORS.impl(name, kernel, dispatch_key)
+    torch.library.register_fake(f"megatron_lite::{name}", fake, lib=_OPERATORS)
+
+
+@functools.cache
+def _build_report() -> dict[str, str | None]:
+    if not BUILD_REPORT.exists():
+        return {}
+    return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def missing_cpu() -> str | None:
+    """Loads the native library. Returns None when its CPU kernels are registered, else a sentence: reason and remedy."""
+    if not LIBRARY.exists():
+        reason = _build_report().get("cpu") or "the package was not built"
+        return f"the native library is not there ({reason}); install a C++20 compiler, {_REBUILD}"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the native library does not load ({error}); it was built for another torch: {_REBUILD}"
+    return None
+
+
+@functools.cache
+def missing_cuda() -> str | None:
+    """As `missing_cpu`, for the CUDA C++ kernels."""
+    if (missing := missing_cpu()) is not None:
+        return missing
+    if not hasattr(torch.ops.megatron_lite_cuda, "rms_norm"):
+        reason = _build_report().get("cuda") or "the library holds no CUDA kernels"
+        return f"built without CUDA kernels ({reason}); install the CUDA toolkit (nvcc), {_REBUILD}"
+    return _missing_gpu()
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """As `missing_cpu`, for the Triton kernels: needs the triton package and a GPU of compute capability 8.0 or higher."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); `pip install triton`"
+    return _missing_gpu()
+
+
+def _missing_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; install a CUDA build of torch and a driver, or choose another backend"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0; choose another backend"
+    return None
+
+
+@functools.cache
+def triton_kernels(op: str) -> ModuleType:
+    """csrc/<op>/triton.py, which is installed as `megatron_lite._csrc.<op>.triton`."""
+    return importlib.import_module(f"megatron_lite._csrc.{op}.triton")

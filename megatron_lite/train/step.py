@@ -1,0 +1,100 @@
+"""One optimizer step, and one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lite.distributed import collectives
+from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.optim.grad_norm import clip_factor, sum_of_squares
+from megatron_lite.optim.lr_schedule import learning_rate
+from megatron_lite.pipeline.runner import MicrobatchLike
+from megatron_lite.pipeline.schedules import Schedule
+from megatron_lite.train.build import Training
+from megatron_lite.utils import exact
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the target tokens of the global batch, in nats. grad_norm: before clipping. lr: of this step."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_target_tokens: int
+
+
+def train_step(training: Training, microbatches: Sequence[MicrobatchLike]) -> StepResult:
+    """Takes one step over this rank's microbatches of a global batch."""
+    loss, num_target_tokens = compute_gradients(training, microbatches)
+    norm, lr = apply_gradients(training)
+    return StepResult(loss, norm, lr, num_target_tokens)
+
+
+def compute_gradients(training: Training, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
+    """Runs the schedule; each rank's region of the engine then holds the gradient of the whole batch's loss.
+
+    Returns the loss, and the number of target tokens that it is the mean over.
+    """
+    training.engine.zero_gradients()
+    return _run(training, training.schedule, microbatches)
+
+
+def apply_gradients(training: Training) -> tuple[float, float]:
+    """Clips the gradients, updates the parameters, and returns the norm before clipping and the learning rate."""
+    engine, optim = training.engine, training.config.optim
+    norm = gradient_norm(training)
+    engine.scale_gradients(clip_factor(norm, optim.clip_grad_norm))
+    training.num_steps += 1
+    lr = learning_rate(optim, training.num_steps, training.config.train.num_steps)
+    for bucket in engine.updated_buckets():
+        training.optimizer.step(
+            bucket.master,
+            bucket.region_gradients(),
+            training.optimizer_states[bucket.layout.name],
+            [(slice(run.start, run.stop), decays) for run, decays in bucket.decay_runs()],
+            lr,
+        )
+    engine.gather_parameters()
+    return norm, lr
+
+
+@torch.no_grad()
+def evaluate(training: Training, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
+    """Mean loss in nats over the targets of all data-parallel ranks' microbatches, and how many targets there were."""
+    return _run(training, training.evaluation_schedule(len(microbatches)), microbatches)
+
+
+def _run(training: Training, schedule: Schedule, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
+    """Runs a schedule over the batch; this is the one place where a sum of token losses is divided by their number."""
+    num_targets = count_targets(training, microbatches)
+    loss_weight = torch.tensor(1.0 / max(num_targets, 1), dtype=torch.float64, device=training.mesh.device)
+    loss_sums = training.runner.run(schedule, microbatches, loss_weight)
+    return float(loss_weight) * sum_losses(training, loss_sums), num_targets
+
+
+def count_targets(training: Training, microbatches: Sequence[MicrobatchLike]) -> int:
+    """Target tokens of the global batch: the sum over data-parallel ranks."""
+    own = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in microbatches)
+    return int(collectives.all_reduce(torch.tensor([own], device=training.mesh.device), training.targets_axis))
+
+
+def sum_losses(training: Training, loss_sums: Sequence[torch.Tensor]) -> float:
+    """The exact sum of all microbatches' loss sums over the world; tp ranks hold the same ones, the first counts."""
+    mesh = training.mesh
+    limbs = torch.zeros(exact.LENGTH, dtype=torch.int64, device=mesh.device)
+    if loss_sums and mesh.tp.is_first:
+        limbs += exact.to_limbs(torch.stack(list(loss_sums)))
+    return exact.from_limbs(collectives.all_reduce(limbs, mesh.world))
+
+
+def gradient_norm(training: Training) -> float:
+    """2-norm of the gradient of the whole model: every element once, over all axes, in bits that no slicing changes."""
+    mesh = training.mesh
+    limbs = torch.zeros(exact.LENGTH, dtype=torch.int64, device=mesh.device)
+    for gradient, uncounted in training.engine.counted_gradients():
+        limbs += sum_of_squares(gradient, [(interval.start, interval.stop) for interval in uncounted])
+    return exact.from_limbs(collectives.all_reduce(limbs, training.norm_axis)) ** 0.5

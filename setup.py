@@ -1,0 +1,200 @@
+"""Builds csrc/ into one shared library inside the package, from whatever compilers are there.
+
+The library targets torch's stable ABI (torch 2.11 and up, any Python), so it is compiled without pybind11 and without
+torch/extension.h, in seconds. A part that cannot be built is left out, with the reason printed and written next to the
+library, where `megatron_lite.ops.native` reads it: an install never fails for want of a compiler. (pip shows what
+setup.py prints only with -v.)
+
+Environment, read at build time only: CXX (C++ compiler), CUDA_HOME (toolkit), NVCC (CUDA compiler).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY, REPORT = "_native.so", "_native_build.json"
+
+# The kernels of cpu.cpp are compiled once for each instruction set; bindings.cpp picks one when they run.
+CPU_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+}
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# Machine code for A100 and H100, and PTX that later GPUs compile for themselves.
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"),
+    *("-gencode", "arch=compute_80,code=sm_80"),
+    *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
+]
+
+
+class MissingError(Exception):
+    """A part of the library cannot be built; the message says why."""
+
+
+def run_compiler(command: list[str]) -> None:
+    """Runs a compiler. Raises MissingError with the last lines of its output when it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except OSError as error:
+        raise MissingError(f"{command[0]} does not run: {error.strerror}") from error
+    if result.returncode != 0:
+        tail = " | ".join((result.stderr or result.stdout).strip().splitlines()[-6:])
+        raise MissingError(f"{Path(command[0]).name} failed: {tail}")
+
+
+def find_cxx() -> list[str]:
+    if os.environ.get("CXX"):
+        command = shlex.split(os.environ["CXX"])
+        if shutil.which(command[0]) is None:
+            raise MissingError(f"the C++ compiler CXX={os.environ['CXX']} is not there")
+        return command
+    for name in ("g++", "clang++", "c++"):
+        if (path := shutil.which(name)) is not None:
+            return [path]
+    raise MissingError("no C++ compiler (g++, clang++ or c++) on PATH")
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [os.environ.get("NVCC"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if candidate and (path := shutil.which(candidate)) is not None:
+            return path
+    raise MissingError("no nvcc: not at $NVCC, in $CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
+
+
+def find_torch() -> Path:
+    """The folder of the installed torch, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise MissingError("torch cannot be imported at build time; use --no-build-isolation")
+    return Path(spec.origin).parent
+
+
+def instruction_sets() -> list[str]:
+    return list(CPU_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+
+
+def compile_cpu(cxx: list[str], torch_dir: Path, objects: Path, with_cuda: bool) -> list[str]:
+    """Compiles bindings.cpp and every csrc/<op>/cpu.cpp. Returns the object files."""
+    sets = instruction_sets()
+    jobs: list[tuple[Path, str, list[str]]] = []
+    includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}", "-Icsrc"]
+    defines = [STABLE_ABI, *(f"-DML_WITH_{isa.upper()}" for isa in sets), *(["-DML_WITH_CUDA"] if with_cuda else [])]
+    jobs.append((ROOT / "csrc/bindings.cpp", "bindings.o", [*includes, *defines]))
+    for source in sorted((ROOT / "csrc").glob("*/cpu.cpp")):
+        for isa in sets:
+            flags = ["-Icsrc", f"-DML_ISA={isa}", *CPU_FLAGS[isa]]
+            jobs.append((source, f"{source.parent.name}_{isa}.o", flags))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            [*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(objects / name)] for source, name, flags in jobs
+        ]
+        list(pool.map(run_compiler, commands))
+    return [str(objects / name) for _, name, _ in jobs]
+
+
+def compile_cuda(nvcc: str, objects: Path) -> list[str]:
+    """Compiles every csrc/<op>/cuda.cu, which include no torch header. Returns the object files."""
+    sources = sorted((ROOT / "csrc").glob("*/cuda.cu"))
+    outputs = [str(objects / f"{source.parent.name}_cuda.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        commands = [
+            [nvcc, *NVCC_FLAGS, "-Icsrc", "-c", str(s), "-o", o] for s, o in zip(sources, outputs, strict=True)
+        ]
+        list(pool.map(run_compiler, commands))
+    return outputs
+
+
+def build_library(target: Path, objects: Path) -> dict[str, str | None]:
+    """Builds as much of the library as can be. Returns for 'cpu' and 'cuda' None, or why the part is missing."""
+    objects.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        cxx, torch_dir = find_cxx(), find_torch()
+    except MissingError as error:
+        return {"cpu": str(error), "cuda": f"needs the C++ part: {error}"}
+    link_flags = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    cuda_missing: str | None = None
+    try:
+        nvcc = find_nvcc()
+        linked = [*compile_cpu(cxx, torch_dir, objects, with_cuda=True), *compile_cuda(nvcc, objects)]
+        # nvcc links, because it knows where its static runtime lies; that runtime loads where there is no driver.
+        # Its symbols stay inside the library: torch brings a CUDA runtime of its own.
+        hide = ["-Xlinker", "--exclude-libs,ALL"]
+        run_compiler([nvcc, "-shared", "-cudart", "static", *hide, *linked, "-o", str(target), *link_flags])
+        return {"cpu": None, "cuda": None}
+    except MissingError as error:
+        cuda_missing = str(error)
+    try:
+        linked = compile_cpu(cxx, torch_dir, objects, with_cuda=False)
+        run_compiler([*cxx, "-shared", *linked, "-o", str(target), *link_flags])
+    except MissingError as error:
+        return {"cpu": str(error), "cuda": cuda_missing}
+    return {"cpu": None, "cuda": cuda_missing}
+
+
+class BuildNative(build_ext):
+    """build_ext for the one library: never fails, says what is missing, leaves a report beside the library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        report = build_library(target, Path(self.build_temp).resolve())
+        (target.parent / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for part, consequence in (("cpu", "CPU kernels"), ("cuda", "CUDA C++ kernels")):
+            state = f"left out: {report[part]}" if report[part] else "built"
+            print(f"megatron-lite: {consequence}: {state}", file=sys.stderr)
+        if importlib.util.find_spec("triton") is None:
+            print("megatron-lite: Triton kernels: unused until `pip install triton`", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the library and its report go next to the package's sources."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "megatron_lite/ops"
+        shutil.copyfile(built / REPORT, ROOT / "megatron_lite/ops" / REPORT)
+        if not (built / LIBRARY).exists():
+            (ROOT / "megatron_lite/ops" / LIBRARY).unlink(missing_ok=True)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library has no Python ABI: one wheel a platform serves every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+def triton_packages() -> list[str]:
+    """csrc itself and each op folder with a Triton kernel, as packages under megatron_lite._csrc."""
+    ops = sorted(path.parent.name for path in (ROOT / "csrc").glob("*/triton.py"))
+    return ["megatron_lite._csrc", *(f"megatron_lite._csrc.{op}" for op in ops)]
+
+
+setup(
+    packages=[*find_packages(include=["megatron_lite", "megatron_lite.*"]), *triton_packages()],
+    package_dir={"megatron_lite": "megatron_lite", "megatron_lite._csrc": "csrc"},
+    package_data={"megatron_lite": ["py.typed"]},
+    ext_modules=[Extension("megatron_lite.ops._native", sources=["csrc/bindings.cpp"], optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    zip_safe=False,
+)

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_lite.distributed.worker_pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Processes for tests of up to 8 ranks, forked once: `pool.run(function, world_size, *args)`."""
+    with WorkerPool(max_workers=8) as workers:
+        yield workers
