@@ -125,8 +125,9 @@ def table(records: list[Record]) -> list[tuple[str, ...]]:
         if ours is not None and record is not ours:
             of_medians, paired = time_ratios(ours, record)
             ratios = (f"{of_medians:.3f}", f"{paired:.3f}")
-        numbers = (f"{record.best_s:.3f}", f"{record.median_s:.3f}", f"{record.cpu_s:.2f}", f"{record.peak_rss_mib:.0f}")
-        lines.append((record.row, record.contender.removeprefix("peers."), *numbers, *ratios))
+        times = (f"{record.best_s:.3f}", f"{record.median_s:.3f}", f"{record.cpu_s:.2f}")
+        name = record.contender.removeprefix("peers.")
+        lines.append((record.row, name, *times, f"{record.peak_rss_mib:.0f}", *ratios))
     return lines
 
 

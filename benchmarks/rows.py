@@ -13,7 +13,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Row:
-    """One layout in one precision; `peers` are modules of benchmarks/peers. All contenders run the same microbatches."""
+    """One layout in one precision, in the same microbatches for ours and for `peers`, modules of benchmarks/peers."""
 
     name: str
     dtype: Dtype

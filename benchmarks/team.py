@@ -13,7 +13,6 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from benchmarks.workloads import Job
@@ -60,7 +59,7 @@ class Team:
         self.job = job
         self.timeout_s = timeout_s
         self._selector = selectors.DefaultSelector()
-        self._logs = [tempfile.TemporaryFile() for _ in range(job.world_size)]
+        self._logs = [tempfile.TemporaryFile() for _ in range(job.world_size)]  # noqa: SIM115 (closed by stop)
         port = str(_free_port())
         self._ranks = [self._start(rank, port) for rank in range(job.world_size)]
         ready = self._collect("building")
@@ -93,7 +92,7 @@ class Team:
 
     def _tail(self, rank: int) -> str:
         self._logs[rank].seek(0)
-        return "\n".join(self._logs[rank].read().decode(errors="replace").splitlines()[-25:])
+        return "\n".join(self._logs[rank].read().decode(errors="replace").splitlines()[-40:])
 
     def _collect(self, doing: str) -> list[dict[str, Any]]:
         """One line of every rank, or stop the team and say which rank failed and why."""
@@ -104,7 +103,7 @@ class Team:
             if not ready:
                 silent = sorted(set(range(len(self._ranks))) - set(answers))
                 logs = "\n".join(f"rank {rank}: {self._tail(rank)}" for rank in silent)
-                self.stop()
+                self.stop(grace_s=0.0)
                 raise ContenderFailed(
                     f"{self.job.contender}: ranks {silent} did not answer within {self.timeout_s:g} s while {doing} "
                     f"(--timeout raises the limit)\n{logs}"
@@ -114,10 +113,10 @@ class Team:
                 # A rank writes one whole line per command, so that readline does not block here.
                 line = self._ranks[rank].stdout.readline()  # type: ignore[union-attr]
                 if not line:
-                    code = self._ranks[rank].wait()
-                    self.stop()
+                    code, log = self._ranks[rank].wait(), self._tail(rank)
+                    self.stop(grace_s=0.0)
                     raise ContenderFailed(
-                        f"{self.job.contender}: rank {rank} ended with code {code} while {doing}\n{self._tail(rank)}"
+                        f"{self.job.contender}: rank {rank} ended with code {code} while {doing}\n{log}"
                     )
                 answers[rank] = json.loads(line)
         return [answers[rank] for rank in range(len(self._ranks))]
@@ -139,27 +138,27 @@ class Team:
             peak_rss_bytes=[int(r["peak_rss_bytes"]) for r in ranks],
         )
 
-    def stop(self) -> None:
-        """End every rank: by the end of its input, and after ten seconds by force."""
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End every rank: by the end of its input, and after the grace by force."""
         for process in self._ranks:
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-        deadline = time.monotonic() + 10.0
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        deadline = time.monotonic() + grace_s
         for process in self._ranks:
             try:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        self._selector.close()
+        for log in self._logs:
+            log.close()
 
     def __enter__(self) -> Team:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
-        self._selector.close()
-        for process, log in zip(self._ranks, self._logs, strict=True):
-            if process.stdout is not None:
-                process.stdout.close()
-            log.close()

@@ -39,8 +39,13 @@ class Only(StrEnum):
     peers = "peers"
     ours = "ours"
 
+    def admits(self, contender: str) -> bool:
+        return self is Only.all or (contender == OURS) == (self is Only.ours)
 
-def measure(row: Row, workload: Workload, teams: list[Team], rounds: int, warmup: int, progress: Progress) -> list[Record]:
+
+def measure(
+    row: Row, workload: Workload, teams: list[Team], rounds: int, warmup: int, progress: Progress
+) -> list[Record]:
     """Let the teams run the same steps in turn, so that a disturbance of the machine hits all of them alike.
 
     Every second round runs them in reverse order, so that none always follows the same other.
@@ -55,7 +60,9 @@ def measure(row: Row, workload: Workload, teams: list[Team], rounds: int, warmup
             note = f"{team.job.contender} {measurement.wall_s:.3f} s, loss {measurement.loss:.4f}"
             progress.update(task, advance=1, note=note)
     return [
-        Record(row.name, team.job.contender, team.num_parameters, team.build_peak_rss_bytes, steps[:warmup], steps[warmup:])
+        Record(
+            row.name, team.job.contender, team.num_parameters, team.build_peak_rss_bytes, steps[:warmup], steps[warmup:]
+        )
         for team, steps in zip(teams, taken, strict=True)
     ]
 
@@ -83,11 +90,14 @@ def run_row(
 
 
 def describe_machine(cores: int) -> dict[str, Any]:
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {"cpu": cpu, "cores": cores, "torch": torch.__version__, "python": platform.python_version()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": cores,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def show(console: Console, records: list[Record]) -> None:
@@ -103,12 +113,27 @@ def show(console: Console, records: list[Record]) -> None:
     print(results.markdown(lines), flush=True)
 
 
+def write_json(path: Path, workload: Workload, cores: int, records: list[Record], problems: list[str]) -> None:
+    """Every measurement, and what is needed to read it: the machine, the workload, the optimizer."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    derived = {"flops_per_token": workload.flops_per_token, "num_parameters": workload.num_parameters}
+    document = {
+        "machine": describe_machine(cores),
+        "environment": environment,
+        "workload": asdict(workload) | derived,
+        "optimizer": asdict(Optimizer()),
+        "records": [record.to_json(workload) for record in records],
+        "disagreements": problems,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main(
     rows: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated rows, or beginnings of rows ('tp2', 'pp2-m4'), or 'all'. There are: {', '.join(ROWS)}. "
-            "Without it: all but dp2 and plain."
+            help="Comma-separated rows, or beginnings of rows ('tp2', 'pp2-m4'), or 'all'. "
+            f"There are: {', '.join(ROWS)}. Without it: all but dp2 and plain."
         ),
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Measured steps of each contender; medians want 7 or more.")] = 7,
@@ -118,8 +143,12 @@ def main(
     ] = WorkloadName.W1,
     only: Annotated[Only, typer.Option(help="Measure all contenders, or the peers, or ours, alone.")] = Only.all,
     cores: Annotated[int, typer.Option(min=1, help="Threads of a contender, over all of its processes.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Write every measurement, with the summary, to this JSON file.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that a contender may take to build, or for one step.")] = 600.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every measurement, with the summary, to this JSON file.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that a contender may take to build, or for one step.")
+    ] = 600.0,
     smoke: Annotated[bool, typer.Option(help="A tiny workload in the place of W1: does all of this work?")] = False,
 ) -> None:
     """Time whole optimizer steps (zero the gradients, forward, backward, clip by the global norm, AdamW) of Megatron
@@ -141,11 +170,10 @@ def main(
     problems: list[str] = []
     try:
         chosen = select(rows)
-        wanted = {
-            row.name: [c for c in row.contenders if only is Only.all or (c == OURS) == (only is Only.ours)] for row in chosen
-        }
+        wanted = {row.name: [c for c in row.contenders if only.admits(c)] for row in chosen}
         require([contender for names in wanted.values() for contender in names])
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        note = TextColumn("{task.fields[note]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn())
         with tempfile.TemporaryDirectory() as weights, Progress(*columns, console=console) as progress:
             write_weights(shape, Path(weights))
             for row in chosen:
@@ -167,19 +195,12 @@ def main(
         raise typer.Exit(1) from None
     show(console, records)
     if out is not None:
-        document = {
-            "machine": describe_machine(cores),
-            "environment": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "GOMP_", "KMP_"))},
-            "workload": asdict(shape) | {"flops_per_token": shape.flops_per_token, "num_parameters": shape.num_parameters},
-            "optimizer": asdict(Optimizer()),
-            "records": [record.to_json(shape) for record in records],
-            "disagreements": problems,
-        }
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(out, shape, cores, records, problems)
     for warning in filter(None, map(results.spinning, records)):
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     if problems:
-        console.print("the contenders did not compute the same thing:\n" + "\n".join(problems), style="bold red", markup=False)
+        message = "\n".join(["the contenders did not compute the same thing:", *problems])
+        console.print(message, style="bold red", markup=False)
         raise typer.Exit(1)
 
 

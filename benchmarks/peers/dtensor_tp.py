@@ -1,4 +1,4 @@
-"""Tensor parallel by torch: the plain Llama through `parallelize_module`, with `loss_parallel` (logits stay sharded)."""
+"""Tensor parallel by torch: the plain Llama through `parallelize_module`, with `loss_parallel` (sharded logits)."""
 
 from __future__ import annotations
 
@@ -33,9 +33,17 @@ def _parallelize(model: PlainLlama, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, plan)
 
 
-def _local_gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+def _sharded_gradients(parameters: list[DTensor]) -> list[torch.Tensor]:
+    """The local gradients, after laying each out as its parameter: that of the embedding arrives replicated."""
+    local: list[torch.Tensor] = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert isinstance(gradient, DTensor)
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+            parameter.grad = gradient
+        local.append(gradient.to_local())
+    return local
 
 
 def make(job: Job) -> Built:
@@ -45,7 +53,7 @@ def make(job: Job) -> Built:
     model = PlainLlama(job.shape).load(job.weights)
     _parallelize(model, mesh)
     # The fused AdamW refuses a group that mixes DTensors and tensors; the norms, which do not decay, are the latter.
-    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    sharded: list[DTensor] = [p for p in model.parameters() if isinstance(p, DTensor)]
     replicated = [p for p in model.parameters() if not isinstance(p, DTensor)]
     optimizer = torch.optim.AdamW(
         [
@@ -63,12 +71,12 @@ def make(job: Job) -> Built:
 
         On local tensors: `clip_grad_norm_` of DTensors costs more and does not take a mixture.
         """
-        ours, shared = _local_gradients(sharded), _local_gradients(replicated)
-        squared = torch.nn.utils.get_total_norm(ours).square()
+        local, shared = _sharded_gradients(sharded), [p.grad for p in replicated if p.grad is not None]
+        squared = torch.nn.utils.get_total_norm(local).square()
         dist.all_reduce(squared)
         norm = (squared + torch.nn.utils.get_total_norm(shared).square()).sqrt()
         scale = (settings.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(ours + shared, scale)
+        torch._foreach_mul_(local + shared, scale)
         return norm
 
     def step(tokens: torch.Tensor) -> StepResult:
@@ -86,5 +94,5 @@ def make(job: Job) -> Built:
         optimizer.step()
         return StepResult(loss, norm.item())
 
-    owned = sharded + (replicated if job.rank == 0 else [])
-    return Built(step, sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in owned))
+    owned = sum(p.to_local().numel() for p in sharded)
+    return Built(step, owned + (sum(p.numel() for p in replicated) if job.rank == 0 else 0))

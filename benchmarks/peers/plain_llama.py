@@ -37,7 +37,8 @@ class Attention(nn.Module):
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(out_BHSD.transpose(1, 2).flatten(2))
+        out_BSE: Tensor = self.o_proj(out_BHSD.transpose(1, 2).flatten(2))
+        return out_BSE
 
 
 class MLP(nn.Module):
@@ -49,7 +50,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        out_BSE: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        return out_BSE
 
 
 class Layer(nn.Module):
@@ -62,7 +64,8 @@ class Layer(nn.Module):
 
     def forward(self, x_BSE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), cos, sin)
-        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        return out_BSE
 
 
 class PlainLlama(nn.Module):

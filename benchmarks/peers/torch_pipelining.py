@@ -22,7 +22,8 @@ class _Stage(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with autocast(self.dtype):
-            return self.model(x)
+            out: torch.Tensor = self.model(x)
+        return out
 
 
 def make(job: Job) -> Built:

@@ -95,10 +95,11 @@ ML_INLINE float sum_lanes(f32x16 lanes) {
   return part[0];
 }
 
-// e^x to about one unit in the last place; x is held within [-87, 88], where the result is a normal number. NaN stays.
+// e^x to about one unit in the last place. Above 88.3 it is infinity, below -87 it stays at e^-87: the results between
+// are normal numbers. NaN stays NaN.
 // Cody and Waite's reduction x = n ln 2 + r, then a polynomial in r (the coefficients of the Cephes library's expf).
 ML_INLINE f32x16 exp(f32x16 x) {
-  x = splat(88.0f) < x ? splat(88.0f) : x;
+  const i32x16 is_large = x > splat(88.3f);
   x = splat(-87.0f) > x ? splat(-87.0f) : x;
   const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
   const f32x16 shifted = x * splat(1.44269504f) + shift;
@@ -112,7 +113,7 @@ ML_INLINE f32x16 exp(f32x16 x) {
   p = p * r + splat(5.0000001201e-1f);
   p = (p * r) * r + r + splat(1.0f);
   const u32x16 exponent = ((u32x16)shifted - (u32x16)shift + 127u) << 23;
-  return p * (f32x16)exponent;
+  return is_large ? splat(__builtin_inff()) : p * (f32x16)exponent;
 }
 
 }  // namespace

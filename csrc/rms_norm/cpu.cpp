@@ -11,7 +11,7 @@
 
 namespace {
 
-// Four running sums hide the latency of the addition; the fourth of 16-lane steps also shortens the chain of roundings.
+// Four running sums hide the latency of an addition and shorten each chain of roundings.
 template <class T>
 ML_INLINE float sum_of_squares(const typename T::Stored* x, int64_t dim) {
   f32x16 sum[4] = {};

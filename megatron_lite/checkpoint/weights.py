@@ -50,7 +50,9 @@ def save_weights(
 
     folder: on a disk that all ranks share; it appears when it is complete, and replaces one that was there.
     names: the parameters of this rank's stage. master: this rank's shard of one of them, whole over dp (the
-    engine's ``whole_master``). dtype: of the files; the master dtype loses no bit. The first rank of each stage writes, and holds one parameter at a time.
+    engine's ``whole_master``). dtype: of the files; the master dtype loses no bit.
+
+    The first rank of each stage writes, and holds one parameter at a time.
 
     Raises CheckpointError on every rank if any of them could not write, and leaves nothing half-written.
     """

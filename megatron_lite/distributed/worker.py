@@ -179,6 +179,8 @@ def _run_job(job: Job) -> Success | Failure:
         sys.path[:] = job.sys_path
         os.chdir(job.cwd)
         torch.set_num_threads(job.threads)
+        torch.set_default_dtype(torch.float32)  # whatever the last job left
+        torch.manual_seed(0)
         function: Callable[..., Any]
         function, args, kwargs = unpack(job.call)
         dist.init_process_group(

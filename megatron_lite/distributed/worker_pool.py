@@ -136,6 +136,7 @@ class _Zygote:
         return self._exit_statuses[pid]
 
     def stop(self) -> None:
+        self._control.shutdown(socket.SHUT_RDWR)  # ends the conversation even if a fork of this process shares it
         self._control.close()
         try:
             self.process.wait(timeout=10)
@@ -165,7 +166,7 @@ class WorkerPool:
         self._zygote = _Zygote((*DEFAULT_PRELOAD, *preload), self._folder)
         self._workers: list[_Worker] = []
         self._job_numbers = itertools.count()
-        self._finalizer = weakref.finalize(self, _close, self._zygote, self._workers, self._folder)
+        self._finalizer = weakref.finalize(self, _close, os.getpid(), self._zygote, self._workers, self._folder)
 
     def run(
         self,
@@ -260,7 +261,9 @@ class WorkerPool:
         return WorkerTimeout(name, len(ranks), timeout_s, failures)
 
 
-def _close(zygote: _Zygote, workers: list[_Worker], folder: Path) -> None:
+def _close(owner: int, zygote: _Zygote, workers: list[_Worker], folder: Path) -> None:
+    if os.getpid() != owner:  # the exit of a fork of the pool's process
+        return
     zygote.stop()  # it kills its workers
     for worker in workers:
         worker.channel.close()

@@ -72,13 +72,18 @@ def _obstacle(backend: Backend, dtype: torch.dtype, device: str) -> str | None:
     return backend.missing()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing it
 def select(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
     """The implementation of `op` that runs for `dtype` tensors on a device of type `device` ('cpu', 'cuda', ...).
 
     Raises ValueError when `requested` is no backend of the op, or is one that cannot run here: the message says which
     can, or what to install.
     """
+    return _select(op, requested, dtype, device)
+
+
+@functools.cache
+def _select(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
     assert op in BACKENDS, f"unknown op {op!r}"
     candidates = BACKENDS[op]
     if requested != "auto":

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -23,12 +24,30 @@ _REBUILD = "then reinstall with `pip install -e . --no-build-isolation`"
 _OPERATORS = torch.library.Library("megatron_lite", "FRAGMENT")  # registrations last as long as this object
 
 
-def define_operator(schema: str, dispatch_key: str, kernel: Callable, fake: Callable) -> None:
-    """Defines megatron_lite::<schema>, run by `kernel` on devices of `dispatch_key` and by `fake` for shapes alone."""
+def define_operator(
+    schema: str,
+    dispatch_key: str,
+    kernel: Callable,
+    fake: Callable,
+    gradient: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Defines megatron_lite::<schema>, run by `kernel` on devices of `dispatch_key` and by `fake` for shapes alone.
+
+    `gradient` and `setup_context` are those of torch.library.register_autograd. Without them, asking for a gradient
+    raises: torch alone would return none and go on.
+    """
     name = schema.partition("(")[0]
     _OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _OPERATORS.impl(name, kernel, dispatch_key)
     torch.library.register_fake(f"megatron_lite::{name}", fake, lib=_OPERATORS)
+
+    def refuse(ctx: Any, *d_outputs: torch.Tensor) -> None:
+        raise NotImplementedError(f"megatron_lite::{name} has no gradient; use the reference for second derivatives")
+
+    torch.library.register_autograd(
+        f"megatron_lite::{name}", gradient or refuse, setup_context=setup_context, lib=_OPERATORS
+    )
 
 
 @functools.cache

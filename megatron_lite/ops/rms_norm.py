@@ -80,15 +80,8 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> _Pair
 
 
 def _register(backend: str, dispatch_key: str, forward: Callable[..., _Pair], backward: Callable[..., _Pair]) -> None:
-    """Defines rms_norm_<backend> and its backward, with fake kernels and autograd."""
+    """Defines the operators rms_norm_<backend> and rms_norm_<backend>_backward."""
     name = f"rms_norm_{backend}"
-    native.define_operator(
-        f"{name}(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)", dispatch_key, forward, _fake_forward
-    )
-    native.define_operator(
-        f"{name}_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)",
-        *(dispatch_key, backward, _fake_backward),
-    )
 
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: _Pair) -> None:
         ctx.save_for_backward(inputs[0], inputs[1], output[1])
@@ -99,7 +92,10 @@ def _register(backend: str, dispatch_key: str, forward: Callable[..., _Pair], ba
         dx, dweight = getattr(torch.ops.megatron_lite, f"{name}_backward")(dy, x, weight, rstd)
         return dx, dweight, None
 
-    torch.library.register_autograd(f"megatron_lite::{name}", gradient, setup_context=setup_context)
+    schema = f"{name}(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)"
+    native.define_operator(schema, dispatch_key, forward, _fake_forward, gradient, setup_context)
+    schema = f"{name}_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)"
+    native.define_operator(schema, dispatch_key, backward, _fake_backward)
 
 
 _register("cpu", "CPU", _forward_cpu, _backward_cpu)

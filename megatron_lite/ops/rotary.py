@@ -77,5 +77,7 @@ def _gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.megatron_lite.rotary_cpu(d_out, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-native.define_operator("rotary_cpu(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", "CPU", _kernel_cpu, _fake)
-torch.library.register_autograd("megatron_lite::rotary_cpu", _gradient, setup_context=_setup_context)
+native.define_operator(
+    "rotary_cpu(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    *("CPU", _kernel_cpu, _fake, _gradient, _setup_context),
+)

@@ -82,6 +82,7 @@ def _gradient(ctx: Any, d_out: Tensor) -> Tensor:
     return torch.ops.megatron_lite.swiglu_cpu_backward(d_out, *ctx.saved_tensors)
 
 
-native.define_operator("swiglu_cpu(Tensor gate_up) -> Tensor", "CPU", _forward_cpu, _fake_forward)
+native.define_operator(
+    "swiglu_cpu(Tensor gate_up) -> Tensor", "CPU", _forward_cpu, _fake_forward, _gradient, _setup_context
+)
 native.define_operator("swiglu_cpu_backward(Tensor d_out, Tensor gate_up) -> Tensor", "CPU", _backward_cpu, _fake_backward)
-torch.library.register_autograd("megatron_lite::swiglu_cpu", _gradient, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks import results
 from benchmarks.results import Record
 from benchmarks.rows import ROWS, require, select
@@ -40,7 +41,8 @@ def test_workloads_are_the_published_ones() -> None:
 def test_a_batch_depends_on_its_step_alone() -> None:
     first = batch(SMOKE, 3)
     assert first.shape == (SMOKE.batch_size, SMOKE.seq_len + 1) and first.dtype == torch.int64
-    assert 0 <= int(first.min()) and int(first.max()) < SMOKE.vocab_size
+    assert int(first.min()) >= 0
+    assert int(first.max()) < SMOKE.vocab_size
     assert torch.equal(first, batch(SMOKE, 3))
     assert not torch.equal(first, batch(SMOKE, 4))
 
@@ -98,10 +100,10 @@ def test_a_contender_that_spins_is_reported() -> None:
 
 
 def test_a_contender_that_dies_is_quoted(tmp_path: Path) -> None:
-    job = ROWS["single-fp32"].job("peers.transformers_llama", SMOKE, str(tmp_path / "empty"), cores=2)
+    job = ROWS["plain-fp32"].job("peers.plain_torch", SMOKE, str(tmp_path / "nowhere"), cores=2)
     with pytest.raises(ContenderFailed, match="rank 0 ended with code 1 while building") as failure:
         Team(job, timeout_s=120.0)
-    assert "Traceback" in str(failure.value)
+    assert "nowhere" in str(failure.value)
 
 
 def test_a_contender_that_hangs_is_stopped(tmp_path: Path) -> None:
@@ -111,12 +113,14 @@ def test_a_contender_that_hangs_is_stopped(tmp_path: Path) -> None:
         Team(job, timeout_s=0.01)
 
 
+@pytest.mark.slow
 def test_peers_of_every_layout_agree(tmp_path: Path) -> None:
     """One process, tensor parallel, pipeline and data parallel: same losses and gradient norms, step by step."""
     out = tmp_path / "out.json"
     rows = "plain-fp32,tp2-fp32,pp2-m4-fp32,dp2-fp32"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--only", "peers", "--rows", rows, "--rounds", "1", "--warmup", "1"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(SCRIPT), "--smoke", "--only", "peers", "--rows", rows]
+    options = ["--rounds", "1", "--warmup", "1", "--out", str(out)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "| plain-fp32 | transformers_llama |" in done.stdout
     records = json.loads(out.read_text())["records"]

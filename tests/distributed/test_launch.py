@@ -154,7 +154,9 @@ def start_in_a_process_of_its_own(folder: Path) -> subprocess.Popen[str]:
         f"    args = ({str(folder)!r}, 99, '')\n"
         f"    sys.exit(launch_local('{HERE}end_badly', args, nproc=2, log_dir=Path({str(folder)!r}, 'logs')))\n"
     )
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
+    paths = os.pathsep.join(path for path in sys.path if path)
+    # A process that is killed cannot remove its temporary files.
+    environment = dict(os.environ, PYTHONPATH=paths, TMPDIR=str(folder))
     return subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )

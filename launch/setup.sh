@@ -1,0 +1,116 @@
+# Shared by the scripts of this folder: the virtual environment .venv, made once and kept up to date. Sourced, not run.
+# Works with bash 3.2 (macOS).
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+started=$(date +%s)
+
+say() { printf '\033[1m%s\033[0m\n' "== $*"; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+# Without a terminal, no colours.
+[ -t 1 ] || say() { printf '== %s\n' "$*"; }
+
+elapsed() { echo $(($(date +%s) - started)); }
+
+# quietly LABEL COMMAND...: runs a command with its output in a log, says every few seconds that it goes on, and shows
+# the end of the log if it fails.
+quietly() {
+  local label=$1 log pid begin now shown=0 status=0
+  shift
+  log=$(mktemp)
+  begin=$(date +%s)
+  "$@" >"$log" 2>&1 </dev/null &
+  pid=$!
+  # shellcheck disable=SC2064 # the process and the log of now
+  trap "kill $pid 2>/dev/null; rm -f '$log'; exit 130" INT TERM
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 0.2
+    now=$(($(date +%s) - begin))
+    if [ -t 1 ]; then
+      printf '\r   %s: %s s ' "$label" "$now"
+    elif [ $((now - shown)) -ge 15 ]; then
+      shown=$now
+      printf '   %s: %s s\n' "$label" "$now"
+    fi
+  done
+  wait "$pid" || status=$?
+  trap - INT TERM
+  [ ! -t 1 ] || printf '\r'
+  if [ "$status" -ne 0 ]; then
+    printf '   %s: failed\n' "$label"
+    tail -n 40 "$log" >&2
+    rm -f "$log"
+    return "$status"
+  fi
+  printf '   %s: done in %s s\n' "$label" $(($(date +%s) - begin))
+  rm -f "$log"
+}
+
+# The first Python that is new enough, as a command.
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "no Python 3.11 or newer found (python3 is $(python3 --version 2>&1 || true)); install one, or name it: PYTHON=/path/to/python3.12 bash $0"
+}
+
+make_venv() {
+  local python
+  if [ -e "$venv" ]; then
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+      fail "$venv holds no working Python 3.11 or newer; remove it (rm -rf '$venv') and run this again"
+  else
+    python=$(find_python)
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+      fail "$python cannot make virtual environments: its module venv or ensurepip is missing; on Debian or Ubuntu: apt install python3-venv"
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv --without-pip "$venv"
+  fi
+  "$venv/bin/python" -c 'import pip' 2>/dev/null || quietly "installing pip" "$venv/bin/python" -m ensurepip
+}
+
+# What an install depends on, as one number.
+fingerprint() {
+  "$venv/bin/python" - "$root" <<'PY'
+import hashlib, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+files = [root / name for name in ("pyproject.toml", "setup.py", "constraints.txt")]
+files += sorted(path for path in (root / "csrc").rglob("*") if path.suffix in {".cpp", ".cu", ".cuh", ".h", ".py"})
+digest = hashlib.sha256(f"{sys.version} {root}".encode())
+for path in files:
+    digest.update(f"{path.relative_to(root)}".encode() + b"\0" + path.read_bytes())
+print(digest.hexdigest())
+PY
+}
+
+# install NAME EXTRAS: .venv with the package, its kernels built, and the extras ("[test]", or ""). Does nothing if the
+# last install under this name had the same pyproject.toml, setup.py, constraints.txt and csrc/.
+install() {
+  local stamp=$venv/.installed-$1 extras=$2 pip wanted
+  make_venv
+  wanted=$(fingerprint)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    say "installing into .venv"
+    # Modules are compiled when they are first imported: most of torch's never are.
+    pip="$venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt"
+    # torch first: the build of the kernels uses its headers and links to it.
+    (cd "$root" && quietly "torch" $pip torch setuptools)
+    (cd "$root" && quietly "the package, its kernels and what it needs" $pip --no-build-isolation -e ".$extras")
+    "$venv/bin/python" - "$root" <<'PY'
+import json, pathlib, sys
+
+report = json.loads((pathlib.Path(sys.argv[1]) / "megatron_lite/ops/_native_build.json").read_text())
+for part, name in (("cpu", "C++ kernels for the CPU"), ("cuda", "CUDA C++ kernels")):
+    print(f"   {name}: {'left out: ' + report[part] if report[part] else 'built'}")
+PY
+    echo "$wanted" >"$stamp"
+  fi
+}

@@ -1,0 +1,106 @@
+"""The token files of a run, checked before the first step, and this rank's batches of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.data import BatchLoader, DataError, SampleOrder, TokenDataset
+from megatron_lite.data.prepare import read_summary
+from megatron_lite.data.tokenizer import load_tokenizer, tokenizer_vocab_size
+from megatron_lite.distributed.mesh import Mesh
+
+# Files up to this many tokens are read once before the first step, in about a second, to find ids outside the
+# vocabulary; in larger ones each sample is checked when it is read.
+SCANNED_TOKENS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """valid: None without validation data. valid_tokens_per_byte: of its text, where ``megatron-lite data`` noted it."""
+
+    train: BatchLoader
+    valid: BatchLoader | None
+    valid_tokens_per_byte: float | None
+
+    def valid_bits_per_byte(self, loss: float) -> float | None:
+        """Bits that the model needs for a byte of the validation text, from its loss in nats for each token."""
+        if self.valid_tokens_per_byte is None:
+            return None
+        return loss / math.log(2) * self.valid_tokens_per_byte
+
+    def close(self) -> None:
+        self.train.close()
+
+
+def open_corpus(config: RunConfig, mesh: Mesh) -> Corpus:
+    """Opens the token files; the first rank also reads them.
+
+    Raises DataError for files that are missing, empty or truncated, for token ids outside the vocabulary, and for a
+    tokenizer that has more tokens than the model.
+    """
+    check_tokenizer(config)
+    train = _open(config, config.data.train)
+    order = SampleOrder(len(train), config.train.seed, config.data.shuffle)
+    valid = _open(config, config.data.valid) if config.data.valid else None
+    for dataset in (train, valid):
+        if dataset is not None and mesh.world.is_first and dataset.num_tokens <= SCANNED_TOKENS:
+            dataset.check_token_ids(config.model.vocab_size)
+    return Corpus(
+        train=_loader(config, mesh, train, order, prefetch=True),
+        valid=None if valid is None else _loader(config, mesh, valid, SampleOrder(len(valid), 0, shuffle=False)),
+        valid_tokens_per_byte=tokens_per_byte(config.data.valid),
+    )
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Raises DataError if the tokenizer has tokens that the model does not."""
+    if config.data.tokenizer is None:
+        return
+    size = tokenizer_vocab_size(load_tokenizer(config.data.tokenizer))
+    if size > config.model.vocab_size:
+        raise DataError(
+            f"{config.data.tokenizer}: has {size} tokens, and model.vocab_size is {config.model.vocab_size}; "
+            f"use model.vocab_size={size}, or the tokenizer that the model was made for"
+        )
+
+
+def tokens_per_byte(prefixes: Sequence[str]) -> float | None:
+    """Tokens for each byte of the text behind the token files; None unless the text of every one of them is known."""
+    num_tokens, text_bytes = 0, 0
+    for prefix in map(Path, prefixes):
+        try:
+            summary = read_summary(prefix.parent)
+        except DataError:
+            return None
+        split = next((s for s in (summary.train, summary.valid) if s and Path(s.prefix).name == prefix.name), None)
+        if split is None:
+            return None
+        num_tokens, text_bytes = num_tokens + split.tokens, text_bytes + split.text_bytes
+    return num_tokens / text_bytes if text_bytes else None
+
+
+def _open(config: RunConfig, prefixes: Sequence[str]) -> TokenDataset:
+    return TokenDataset(
+        prefixes,
+        config.train.seq_len,
+        isolate_documents=config.data.isolate_documents,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def _loader(
+    config: RunConfig, mesh: Mesh, dataset: TokenDataset, order: SampleOrder, prefetch: bool = False
+) -> BatchLoader:
+    return BatchLoader(
+        dataset,
+        order,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp=mesh.dp.size,
+        dp_rank=mesh.dp.index,
+        prefetch=prefetch,
+    )

@@ -1,0 +1,163 @@
+"""One record a step, and everything that is fed from it: metrics.jsonl, TensorBoard, wandb."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_lite.config.schema import RunConfig
+
+METRICS_FILE = "metrics.jsonl"
+# EFBIG is what a file-size limit (ulimit -f) gives; for the user it is the same story as a full disk.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class MetricsError(ValueError):
+    """Metrics that cannot be written; the message names the file or the package, and the remedy."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step leaves behind.
+
+    step: from 1. tokens: target tokens so far, this step included. loss: mean over the global batch, nats. grad_norm:
+    before clipping. loss_scale: 1 unless the precision scales its loss. step_time_s: of the step alone, without
+    evaluation. tokens_per_s: over all ranks. mfu: model FLOPs utilisation, 0 .. 1. peak_memory_bytes: of the rank that
+    has used most so far. valid_loss (nats) and valid_bits_per_byte: only where an evaluation followed the step.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_scale: float
+    step_time_s: float
+    tokens_per_s: float
+    mfu: float
+    peak_memory_bytes: int
+    valid_loss: float | None = None
+    valid_bits_per_byte: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """The values that are there, by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+class Sink(Protocol):
+    """Something that takes records. ``close`` is told whether the run came to its end."""
+
+    def write(self, record: StepRecord) -> None: ...
+    def close(self, succeeded: bool) -> None: ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a step, each flushed, so that a run that is killed leaves whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _explained(path, "before the first step"):
+            self._file = path.open("w", encoding="utf-8")
+
+    def write(self, record: StepRecord) -> None:
+        with _explained(self.path, f"at step {record.step}"):
+            self._file.write(json.dumps(record.as_dict()) + "\n")
+            self._file.flush()
+
+    def close(self, succeeded: bool) -> None:
+        # Closing tries again to write what write could not, and has reported.
+        with _explained(self.path, "at the end") if succeeded else contextlib.suppress(OSError):
+            self._file.close()
+
+
+class TensorBoard:
+    """Event files in the run's folder, under the names of the record."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def write(self, record: StepRecord) -> None:
+        for name, value in record.as_dict().items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record.step)
+
+    def close(self, succeeded: bool) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """One Weights & Biases run for all ranks. offline: on disk in the run's folder, for ``wandb sync``."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        import wandb
+
+        mode: Any = config.run.wandb
+        settings = wandb.Settings(silent=True, console="off")
+        self._run: Any = wandb.init(
+            project="megatron-lite",
+            name=config.run.name,
+            dir=str(folder),
+            mode=mode,
+            config=config.model_dump(),
+            settings=settings,
+        )
+
+    def write(self, record: StepRecord) -> None:
+        values = record.as_dict()
+        self._run.log({name: value for name, value in values.items() if name != "step"}, step=record.step)
+
+    def close(self, succeeded: bool) -> None:
+        self._run.finish(exit_code=0 if succeeded else 1)
+
+
+def check_extras(config: RunConfig) -> None:
+    """Raises MetricsError if the config asks for a package that is not installed."""
+    asked = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb != "off"}
+    for package, is_asked in asked.items():
+        if is_asked and importlib.util.find_spec(package) is None:
+            value = getattr(config.run, package)
+            raise MetricsError(
+                f"run.{package} = {str(value).lower()} needs the package {package}, which is not installed; "
+                f"pip install 'megatron-lite[{package}]', or set run.{package}={'off' if package == 'wandb' else 'false'}"
+            )
+
+
+@contextlib.contextmanager
+def open_sinks(config: RunConfig, folder: Path, console: Sink) -> Iterator[list[Sink]]:
+    """What the config wants records written to, closed at the end whatever happens. For one rank of a run."""
+    sinks = [console]
+    succeeded = False
+    try:
+        sinks.append(MetricsFile(folder / METRICS_FILE))
+        if config.run.tensorboard:
+            sinks.append(TensorBoard(folder / "tensorboard"))
+        if config.run.wandb != "off":
+            sinks.append(Wandb(config, folder))
+        yield sinks
+        succeeded = True
+    finally:
+        for sink in sinks:
+            sink.close(succeeded)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, when: str) -> Iterator[None]:
+    """Turns an OSError into a MetricsError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in NO_SPACE
+        what = "no space left to write it" if full else "cannot be written"
+        remedy = "free some space, raise the quota or the file-size limit" if full else "check the folder"
+        raise MetricsError(
+            f"{path}: {what} {when} ({error.strerror}); {remedy}, or choose another disk with run.dir"
+        ) from error

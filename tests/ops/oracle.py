@@ -1,0 +1,81 @@
+"""The rule by which every op is judged: its error against float64 is at most twice that of plain torch in its dtype."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
+
+# Allowed beside the factor: one unit in the last place of the largest entry. On a small input plain torch can be exact
+# by luck, and two correct roundings of a near-tie differ by that much.
+UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Some hundred roundings of 1e-16; one step in float32 would leave 1e-8.
+FLOAT64_BOUND = 1e-13
+
+
+def assert_within(name: str, actual: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
+    """max|actual - exact| <= factor * max|plain - exact| + one unit in the last place of the largest exact entry.
+
+    In float64 plain torch is itself the oracle, so there the bound is FLOAT64_BOUND of the largest entry.
+    """
+    assert actual.shape == exact.shape and actual.dtype == plain.dtype and exact.dtype == torch.float64, name
+    assert actual.numel() > 0 and actual.data_ptr() != plain.data_ptr(), f"{name}: nothing is compared"
+    error = (actual.double() - exact).abs().max().item()
+    beside = FLOAT64_BOUND if actual.dtype == torch.float64 else UNIT[actual.dtype]
+    allowed = factor * (plain.double() - exact).abs().max().item() + beside * exact.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails here too
+
+
+def run_with_gradients(op: Op, inputs: Sequence[Tensor], rounding: torch.dtype | None = None) -> list[Tensor]:
+    """Outputs of op(*inputs), then the gradients of its inputs for random output gradients that are always the same.
+
+    These output gradients are first rounded to `rounding` (the outputs' dtype when None), so that the float64 oracle
+    can be given the very numbers that a run in lower precision had.
+    """
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    results = op(*leaves)
+    outputs = list(results) if isinstance(results, tuple) else [results]
+    generator = torch.Generator().manual_seed(1)
+    d_outputs = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    d_outputs = [d.to(rounding or o.dtype).to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)]
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves, d_outputs))
+
+
+def check_against_plain(op: Op, plain: Op, inputs: Sequence[Tensor]) -> None:
+    """Judges op by plain at inputs, outputs by factor 2 and gradients by factor 3; plain in float64 is the oracle."""
+    actual, expected = run_with_gradients(op, inputs), run_with_gradients(plain, inputs)
+    exact = run_with_gradients(plain, [t.double() for t in inputs], rounding=inputs[0].dtype)
+    num_outputs = len(exact) - len(inputs)
+    assert num_outputs > 0 and len(actual) == len(expected) == len(exact)
+    for i, (a, p, e) in enumerate(zip(actual, expected, exact, strict=True)):
+        name, factor = (f"output {i}", 2.0) if i < num_outputs else (f"gradient of input {i - num_outputs}", 3.0)
+        assert_within(name, a, p, e, factor)
+
+
+def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    assert len(first) == len(second) > 0
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert a.numel() > 0 and a.data_ptr() != b.data_ptr()
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"tensor {i} differs"
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Runs `code` in a fresh interpreter with these environment variables added; returns what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lite.ops import attention
+from megatron_lite.ops.attention import attention_reference, visible
+from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def qkv(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(tokens * 1000 + heads * 10 + kv_heads)
+    return [torch.randn(batch, tokens, h, dim).to(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
+    """What one would write without a thought for precision: every intermediate in the dtype of the inputs."""
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    mask = visible(documents, causal, q.shape[2], q.device)
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def documents_of(lengths: list[int], batch: int) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(batch, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim"), [(3, 1, 1, 40), (59, 4, 4, 40), (113, 4, 2, 64), (64, 8, 1, 59)])
+def test_error_is_at_most_twice_that_of_plain_torch(
+    tokens: int, heads: int, kv_heads: int, dim: int, packed: bool, dtype: torch.dtype
+) -> None:
+    documents = documents_of([tokens // 3, tokens - tokens // 3], 2) if packed else None
+    arguments = qkv(2, tokens, heads, kv_heads, dim, dtype)
+    for op in (attention, attention_reference):
+        check_against_plain(functools.partial(op, documents=documents), functools.partial(plain, documents=documents), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lone_token_attends_to_itself(dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, 1, 4, 2, 40, dtype)
+    assert torch.equal(attention(q, k, v), v.repeat_interleave(2, dim=2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_may_see_all_without_causal(packed: bool) -> None:
+    documents = documents_of([11, 20], 1) if packed else None
+    arguments = qkv(1, 31, 2, 1, 16, torch.float32)
+    op = functools.partial(attention, documents=documents, causal=False)
+    check_against_plain(op, functools.partial(plain, documents=documents, causal=False), arguments)
+    assert not torch.equal(op(*arguments), attention(*arguments, documents=documents))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_float64_is_float64_end_to_end(backend: str) -> None:
+    """1e-13: a few hundred roundings of 1e-16. A single step in float32 would leave 1e-8."""
+    arguments = qkv(2, 77, 4, 2, 40, torch.float64)
+    actual = run_with_gradients(functools.partial(attention, backend=backend), arguments)
+    exact = run_with_gradients(attention_reference, arguments)
+    for a, e in zip(actual, exact, strict=True):
+        assert a.dtype == torch.float64
+        assert (a - e).abs().max() <= 1e-13 * e.abs().max()
+
+
+def test_reference_against_a_loop_over_queries() -> None:
+    """The specification itself, by the definition: softmax over the keys that a query sees, one query at a time."""
+    q, k, v = qkv(1, 9, 4, 2, 8, torch.float64)
+    documents = documents_of([4, 5], 1)
+    expected = torch.empty_like(q)
+    for i in range(9):
+        keys = [j for j in range(i + 1) if documents[0, i] == documents[0, j]]
+        for h in range(4):
+            weights = torch.softmax(q[0, i, h] @ k[0, keys, h // 2].T / 8**0.5, dim=0)
+            expected[0, i, h] = weights @ v[0, keys, h // 2]
+    torch.testing.assert_close(attention_reference(q, k, v, documents), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_documents_never_see_each_other(dtype: torch.dtype, backend: str) -> None:
+    """Changing document 0 changes no bit of document 1, forward or backward; without boundaries it does."""
+    documents = documents_of([37, 40], 2)
+    first = qkv(2, 77, 4, 2, 40, dtype)
+    second = [torch.cat((-3 * t[:, :37], t[:, 37:]), dim=1) for t in first]
+    packed = functools.partial(attention, documents=documents, backend=backend)
+    results = [run_with_gradients(packed, arguments) for arguments in (first, second)]
+    assert_same_bits([t[:, 37:].clone() for t in results[0]], [t[:, 37:].clone() for t in results[1]])
+    assert not torch.equal(results[0][0][:, :37], results[1][0][:, :37])
+    open_results = [attention(*arguments, backend=backend)[:, 37:] for arguments in (first, second)]
+    assert not torch.equal(open_results[0], open_results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_packed_document_is_computed_as_if_alone(dtype: torch.dtype) -> None:
+    arguments = qkv(1, 77, 4, 2, 40, dtype)
+    packed = attention(*arguments, documents=documents_of([37, 40], 1))
+    alone = attention(*(t[:, 37:] for t in arguments))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13  # sums of 40 terms, split into blocks at other places
+    torch.testing.assert_close(packed[:, 37:], alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_gradients_of_shared_heads_are_sums_over_their_group(backend: str) -> None:
+    q, k, v = qkv(2, 33, 8, 2, 16, torch.float64)
+    shared = run_with_gradients(functools.partial(attention, backend=backend), [q, k, v])
+    own = run_with_gradients(
+        functools.partial(attention, backend=backend),
+        [q, k.repeat_interleave(4, dim=2), v.repeat_interleave(4, dim=2)],
+    )
+    torch.testing.assert_close(shared[:2], own[:2], rtol=1e-12, atol=1e-12)
+    for a, b in zip(shared[2:], own[2:], strict=True):
+        torch.testing.assert_close(a, b.unflatten(2, (2, 4)).sum(dim=3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_and_batch_rows_are_independent(dtype: torch.dtype) -> None:
+    arguments = qkv(3, 65, 4, 2, 40, dtype)
+    first, again = run_with_gradients(attention, arguments), run_with_gradients(attention, arguments)
+    assert_same_bits(first, again)
+    alone = attention(*(t[1:2].clone() for t in arguments))
+    assert_same_bits([first[0][1:2].clone()], [alone])
+
+
+def test_gradcheck_in_float64() -> None:
+    arguments = [t.requires_grad_() for t in qkv(1, 5, 2, 1, 3, torch.float64)]
+    assert torch.autograd.gradcheck(functools.partial(attention, documents=documents_of([2, 3], 1)), arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_without_a_graph_break(packed: bool) -> None:
+    op = functools.partial(attention, documents=documents_of([11, 20], 1) if packed else None)
+    arguments = qkv(1, 31, 2, 1, 16, torch.float32)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run_with_gradients(compiled, arguments), run_with_gradients(op, arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_catches_a_mask_that_lets_one_future_key_through() -> None:
+    """Negative control."""
+    arguments = qkv(1, 31, 2, 1, 16, torch.float32)
+
+    def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = visible(None, True, 31, q.device)
+        assert mask is not None
+        mask[7, 8] = True
+        heads = [t.transpose(1, 2) for t in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    with pytest.raises(AssertionError, match="output 0"):
+        check_against_plain(leaky, plain, arguments)
