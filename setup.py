@@ -116,9 +116,7 @@ def compile_cuda(nvcc: str, objects: Path) -> list[str]:
     sources = sorted((ROOT / "csrc").glob("*/cuda.cu"))
     outputs = [str(objects / f"{source.parent.name}_cuda.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [
-            [nvcc, *NVCC_FLAGS, "-Icsrc", "-c", str(s), "-o", o] for s, o in zip(sources, outputs, strict=True)
-        ]
+        commands = [[nvcc, *NVCC_FLAGS, "-Icsrc", "-c", str(s), "-o", o] for s, o in zip(sources, outputs, strict=True)]
         list(pool.map(run_compiler, commands))
     return outputs
 
@@ -133,10 +131,10 @@ def build_library(target: Path, objects: Path) -> dict[str, str | None]:
     except MissingError as error:
         return {"cpu": str(error), "cuda": f"needs the C++ part: {error}"}
     link_flags = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    cuda_missing: str | None = None
     try:
         nvcc = find_nvcc()
-        linked = [*compile_cpu(cxx, torch_dir, objects, with_cuda=True), *compile_cuda(nvcc, objects)]
+        cuda_objects = compile_cuda(nvcc, objects)
+        linked = [*compile_cpu(cxx, torch_dir, objects, with_cuda=True), *cuda_objects]
         # nvcc links, because it knows where its static runtime lies; that runtime loads where there is no driver.
         # Its symbols stay inside the library: torch brings a CUDA runtime of its own.
         hide = ["-Xlinker", "--exclude-libs,ALL"]

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts of this folder: the virtual environment .venv, made once and kept up to date. Sourced, not run.
 # Works with bash 3.2 (macOS).
 
@@ -100,10 +101,10 @@ install() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "installing into .venv"
     # Modules are compiled when they are first imported: most of torch's never are.
-    pip="$venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt"
+    pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt)
     # torch first: the build of the kernels uses its headers and links to it.
-    (cd "$root" && quietly "torch" $pip torch setuptools)
-    (cd "$root" && quietly "the package, its kernels and what it needs" $pip --no-build-isolation -e ".$extras")
+    (cd "$root" && quietly "torch" "${pip[@]}" torch setuptools)
+    (cd "$root" && quietly "the package, its kernels and what it needs" "${pip[@]}" --no-build-isolation -e ".$extras")
     "$venv/bin/python" - "$root" <<'PY'
 import json, pathlib, sys
 

@@ -11,5 +11,5 @@ from megatron_lite.distributed.worker_pool import WorkerPool
 def pool() -> Iterator[WorkerPool]:
     """Processes for tests of up to 8 ranks, forked once: `pool.run(function, world_size, *args)`."""
     # What test modules import themselves is worth preloading too: fresh workers replace those of a failed run.
-    with WorkerPool(max_workers=8, preload=("pytest",)) as workers:
+    with WorkerPool(max_workers=8, preload=("pytest", "megatron_lite.train.build")) as workers:
         yield workers

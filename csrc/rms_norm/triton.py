@@ -1,6 +1,6 @@
 """RMSNorm in Triton, forward and backward, for GPUs of compute capability 8.0 and up; see cpu.cpp for the equations.
 
-One program takes BLOCK_ROWS rows with all their columns in one tile, so a row is read once. The weight's gradient has
+A program holds all columns of a row in one tile, so a row is read once. The weight's gradient has
 two stages in a fixed order, as in cuda.cu: a program sums its own rows, then `rms_norm_sum_parts` adds the programs'
 sums. Arithmetic is fp32 whatever the storage format.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS_PER_PROGRAM = 32  # of the backward: part of the definition of the weight gradient's rounding
-MAX_DIM = 16384  # above it a tile no longer fits a thread block's registers
+MAX_DIM = 8192  # above it the backward's tile no longer fits a thread block's registers
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def rms_norm_backward(
     part = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
     for i in range(ROWS):
         row = program * ROWS + i
-        valid = inside & (row < rows)
+        valid = columns < tl.where(row < rows, dim, 0)
         x = tl.load(x_ptr + row * dim + columns, mask=valid, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dim + columns, mask=valid, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(rstd_ptr + tl.minimum(row, rows - 1))
         normalised = x * rstd
         g = dy * weight
         mean = tl.sum(g * normalised, axis=0) / dim
@@ -68,8 +68,8 @@ def rms_norm_sum_parts(parts_ptr, dweight_ptr, num_parts, dim, BLOCK_PARTS: tl.c
 
 
 def num_warps(block_dim: int) -> int:
-    """Warps for a row of `block_dim` columns: at most 32 numbers a thread, 1 to 16 warps."""
-    return min(16, max(1, block_dim // 1024))
+    """Warps for a row of `block_dim` columns: 8 numbers a thread, 1 to 32 warps."""
+    return min(32, max(1, block_dim // 256))
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

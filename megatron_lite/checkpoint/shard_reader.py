@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,6 @@ from torch import Tensor
 
 from megatron_lite.checkpoint.tensor_files import CheckpointError, TensorFiles, list_some
 from megatron_lite.models.identity import ParameterSpec, ParameterTable
-
-# The value of a parameter's shard, on the CPU: (spec, tp size, tp index) -> tensor of the shard's shape.
-WeightSource = Callable[[ParameterSpec, int, int], Tensor]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def start_all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
         return Pending(shard if out is None else out.copy_(shard))
     if out is None:
         out = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
-    return Pending(out, dist.all_gather_into_tensor(out, shard.contiguous(), group=axis.group, async_op=True))
+    # torch 2.13 has renamed it, and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return Pending(out, gather(out, shard.contiguous(), group=axis.group, async_op=True))
 
 
 def all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Tensor:

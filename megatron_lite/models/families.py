@@ -77,16 +77,15 @@ def _layer(config: ModelConfig, family: Family, prefix: str) -> list[ParameterSp
 
 
 def _norm(family: Family, name: str, hidden: int) -> list[ParameterSpec]:
-    weight = ParameterSpec(
-        f"{name}.weight", (hidden,), partial_under_sequence_parallel=True, decay=False, init="ones"
-    )
+    weight = ParameterSpec(f"{name}.weight", (hidden,), partial_under_sequence_parallel=True, decay=False, init="ones")
     bias = ParameterSpec(f"{name}.bias", (hidden,), partial_under_sequence_parallel=True, decay=False, init="zeros")
     return [weight, bias] if family.norm == "layer_norm" else [weight]
 
 
 def _column(config: ModelConfig, family: Family, name: str, blocks: tuple[Block, ...]) -> list[ParameterSpec]:
     rows = sum(block.size for block in blocks)
-    specs = [ParameterSpec(f"{name}.weight", (rows, config.hidden_size), shard_dim=0, blocks=blocks, std=config.init_std)]
+    shape = (rows, config.hidden_size)
+    specs = [ParameterSpec(f"{name}.weight", shape, shard_dim=0, blocks=blocks, std=config.init_std)]
     if family.biases:
         specs.append(ParameterSpec(f"{name}.bias", (rows,), shard_dim=0, blocks=blocks, decay=False, init="zeros"))
     return specs
@@ -98,8 +97,6 @@ def _row(
     specs = [ParameterSpec(f"{name}.weight", shape, shard_dim=1, blocks=blocks, std=std)]
     if family.biases:
         specs.append(
-            ParameterSpec(
-                f"{name}.bias", shape[:1], partial_under_sequence_parallel=True, decay=False, init="zeros"
-            )
+            ParameterSpec(f"{name}.bias", shape[:1], partial_under_sequence_parallel=True, decay=False, init="zeros")
         )
     return specs

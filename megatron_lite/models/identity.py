@@ -7,7 +7,7 @@ Initialisation, ZeRO, the gradient norm, Hugging Face conversion and ``verify`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +135,10 @@ class ParameterSpec:
         dim = self.shard_dim or 0
         for piece in self.shard(tp, index).pieces:
             whole.narrow(dim, piece.start, piece.size).copy_(local.narrow(dim, piece.local, piece.size))
+
+
+# Where values come from: (spec, tp size, tp index) -> that rank's shard, on the CPU, in the shape of `spec.shard`.
+WeightSource = Callable[[ParameterSpec, int, int], Tensor]
 
 
 def padded_vocabulary_rows(vocabulary: int, tp: int) -> int:

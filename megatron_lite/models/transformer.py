@@ -20,6 +20,7 @@ from megatron_lite.models.positions import rotary_angles
 from megatron_lite.ops.attention import attention
 from megatron_lite.ops.gelu import gelu
 from megatron_lite.ops.layer_norm import layer_norm
+from megatron_lite.ops.linear import linear
 from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_lite.ops.rms_norm import rms_norm
 from megatron_lite.ops.rotary import rotary
@@ -51,7 +52,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(split_sizes))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         if sequences.rotary is not None:
             q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary)
         mixed_BSND = attention(q_BSND, k_BSKD, v_BSKD, documents=sequences.documents, backend=self.backend)
-        return self.out(mixed_BSND.flatten(2).flatten(0, 1))  # type: ignore[no-any-return]
+        return self.out(mixed_BSND.flatten(2).flatten(0, 1))
 
 
 class MLP(nn.Module):
@@ -128,7 +129,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         activation = swiglu if self.is_gated else gelu
-        return self.down(activation(self.up(x_TH)))  # type: ignore[no-any-return]
+        return self.down(activation(self.up(x_TH)))
 
 
 class Block(nn.Module):
@@ -143,7 +144,7 @@ class Block(nn.Module):
 
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), sequences)
-        return x_TH + self.mlp(self.mlp_norm(x_TH))  # type: ignore[no-any-return]
+        return x_TH + self.mlp(self.mlp_norm(x_TH))
 
 
 class LossHead(nn.Module):
@@ -203,4 +204,4 @@ class Transformer(nn.Module):
         if self.head is None:
             return x_TH
         assert targets_BS is not None, "the last stage computes a loss and needs targets"
-        return self.head(x_TH, targets_BS)  # type: ignore[no-any-return]
+        return self.head(x_TH, targets_BS)

@@ -53,7 +53,9 @@ def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, c
     return out.transpose(1, 2)
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True
+) -> Tensor:
     """The specification of `attention`, in plain torch; scores and softmax in fp32 (fp64 for fp64)."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]

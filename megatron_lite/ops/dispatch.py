@@ -88,7 +88,7 @@ def _select(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
     candidates = BACKENDS[op]
     if requested != "auto":
         return _by_name(op, requested, dtype, device)
-    passed_over = []
+    passed_over: list[str] = []
     for backend in candidates:
         obstacle = _obstacle(backend, dtype, device)
         if obstacle is None:

@@ -4,7 +4,8 @@
     gradient of weight  sum over rows of dy n,  n = (x - mean) / sqrt(var + eps), in fp32
     gradient of bias    sum over rows of dy, in fp32
 
-torch's CPU kernel adds the last two in the dtype of the weight: over 4099 rows in bf16 that is wrong in the first digit.
+torch's CPU kernel adds the last two in the dtype of the weight: over 4099 rows in bf16 that is wrong in the first
+digit.
 """
 
 from __future__ import annotations

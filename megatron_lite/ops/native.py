@@ -59,7 +59,7 @@ def _build_report() -> dict[str, str | None]:
 
 @functools.cache
 def missing_cpu() -> str | None:
-    """Loads the native library. Returns None when its CPU kernels are registered, else a sentence: reason and remedy."""
+    """Loads the native library. None when its CPU kernels are registered, else a sentence with reason and remedy."""
     if not LIBRARY.exists():
         reason = _build_report().get("cpu") or "the package was not built"
         return f"the native library is not there ({reason}); install a C++20 compiler, {_REBUILD}"
@@ -83,7 +83,7 @@ def missing_cuda() -> str | None:
 
 @functools.cache
 def missing_triton() -> str | None:
-    """As `missing_cpu`, for the Triton kernels: needs the triton package and a GPU of compute capability 8.0 or higher."""
+    """As `missing_cpu`, for the Triton kernels: they need the triton package and compute capability 8.0 or more."""
     try:
         importlib.import_module("triton")
     except ImportError as error:

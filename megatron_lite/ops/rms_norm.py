@@ -4,8 +4,8 @@
     gradient of x       r (g - n mean(g n))  with  n = x r  and  g = dy w
     gradient of weight  sum over rows of dy n, in a fixed order (blocks of 32 rows, then the blocks)
 
-The backward saves x, the weight and r, and computes n again. Each kernel is an operator `megatron_lite::rms_norm_<backend>`
-with fake and autograd registrations, so torch.compile takes it as it is.
+The backward saves x, the weight and r, and computes n again. Each kernel is an operator
+`megatron_lite::rms_norm_<backend>` with fake and autograd registrations, so torch.compile takes it as it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rotary position embedding, half-split layout (arXiv:2104.09864, section 3.2.2, with Hugging Face Llama's pairing).
 
-    forward         (a, b) -> (a cos - b sin, b cos + a sin)   where a and b are the two halves of a head
-    gradient of x   the same rotation by the opposite angle: the rotation is linear and orthogonal
-    cos and sin     take no gradient; they are all that is saved
+forward         (a, b) -> (a cos - b sin, b cos + a sin)   where a and b are the two halves of a head
+gradient of x   the same rotation by the opposite angle: the rotation is linear and orthogonal
+cos and sin     take no gradient; they are all that is saved
 """
 
 from __future__ import annotations

@@ -85,4 +85,6 @@ def _gradient(ctx: Any, d_out: Tensor) -> Tensor:
 native.define_operator(
     "swiglu_cpu(Tensor gate_up) -> Tensor", "CPU", _forward_cpu, _fake_forward, _gradient, _setup_context
 )
-native.define_operator("swiglu_cpu_backward(Tensor d_out, Tensor gate_up) -> Tensor", "CPU", _backward_cpu, _fake_backward)
+native.define_operator(
+    "swiglu_cpu_backward(Tensor d_out, Tensor gate_up) -> Tensor", "CPU", _backward_cpu, _fake_backward
+)

@@ -56,7 +56,12 @@ class PipelineRunner:
     """
 
     def __init__(
-        self, stage: Transformer, *, mesh: Mesh, dtype: torch.dtype, tokens_divide_by: int,
+        self,
+        stage: Transformer,
+        *,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        tokens_divide_by: int,
         reduce_gradients: Callable[[], None],
     ) -> None:
         self.stage, self.mesh, self.dtype = stage, mesh, dtype
@@ -105,9 +110,10 @@ class PipelineRunner:
 
     def _forward(self, step: _Step, m: int) -> None:
         batch = step.microbatches[m]
-        inputs = step.inputs[m] if m in step.inputs else batch.tokens
+        inputs = step.inputs.get(m, batch.tokens)
         like = torch.empty((), dtype=self.dtype, device=self.mesh.device)
-        sequences = self.stage.sequences(*batch.tokens.shape, batch.positions, batch.documents, like)
+        batch_size, seq_len = batch.tokens.shape
+        sequences = self.stage.sequences(batch_size, seq_len, batch.positions, batch.documents, like)
         output = self.stage(inputs, sequences, batch.targets)
         if self.mesh.pp.is_last:
             step.loss_sums.append(output.detach())

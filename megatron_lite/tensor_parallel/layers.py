@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.models.identity import ParameterSpec
+from megatron_lite.ops.linear import weight_gradient
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -37,7 +38,7 @@ class _ColumnLinear(torch.autograd.Function):
         return F.linear(collectives.all_gather(x, axis) if is_sequence else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         if ctx.is_sequence:
             gathering = collectives.start_all_gather(x, ctx.axis)
@@ -45,7 +46,7 @@ class _ColumnLinear(torch.autograd.Function):
             x = gathering.wait()
         else:
             reducing = collectives.start_all_reduce(grad @ weight, ctx.axis)
-        grad_weight = grad.t() @ x
+        grad_weight = weight_gradient(weight, grad, x)
         grad_bias = grad.sum(dim=0) if ctx.has_bias else None
         return reducing.wait(), grad_weight, grad_bias, None, None
 
@@ -59,45 +60,45 @@ class _RowLinear(torch.autograd.Function):
         return collectives.reduce_scatter(partial, axis) if is_sequence else collectives.all_reduce(partial, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         if ctx.is_sequence:
             grad = collectives.all_gather(grad, ctx.axis)
-        return grad @ weight, grad.t() @ x, None, None
+        return grad @ weight, weight_gradient(weight, grad, x), None, None
 
 
 class ParallelModule(nn.Module):
-    """A module that replaces a plain one; ``shape_of`` makes its parameters on the meta device in local shapes."""
+    """A module that replaces a plain one, with parameters of the same names on the meta device, in local shapes.
 
-    def __init__(self, axis: Axis, sequence_parallel: bool) -> None:
+    specs: identities of the parameters, by their names inside the module.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
         super().__init__()
         self.axis, self.sequence_parallel = axis, sequence_parallel
-
-    def empty(self, spec: ParameterSpec, like: Tensor) -> nn.Parameter:
-        shape = spec.shard(self.axis.size, self.axis.index).shape
-        return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
+        self.weight_shard = specs["weight"].shard(axis.size, axis.index)
+        for name in ("weight", "bias"):
+            shape = specs[name].shard(axis.size, axis.index).shape if name in specs else None
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, device="meta"))
+            self.register_parameter(name, parameter)
 
 
 class ColumnParallelLinear(ParallelModule):
     """Output features are sliced over the axis: whole x to ``[T, out / t]``."""
 
-    def __init__(self, plain: nn.Module, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
-        super().__init__(axis, sequence_parallel)
-        self.weight = self.empty(specs["weight"], plain.weight)
-        self.bias = self.empty(specs["bias"], plain.bias) if plain.bias is not None else None
-        self.split_sizes = tuple(piece.size for piece in specs["weight"].shard(axis.size, axis.index).pieces)
+    def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
+        super().__init__(specs, axis, sequence_parallel)
+        self.split_sizes = tuple(piece.size for piece in self.weight_shard.pieces)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel)  # type: ignore[no-any-return]
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.axis, self.sequence_parallel)
 
 
 class RowParallelLinear(ParallelModule):
     """Input features are sliced over the axis; the bias is added once, after the sum over ranks."""
-
-    def __init__(self, plain: nn.Module, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
-        super().__init__(axis, sequence_parallel)
-        self.weight = self.empty(specs["weight"], plain.weight)
-        self.bias = self.empty(specs["bias"], plain.bias) if plain.bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _RowLinear.apply(x, self.weight, self.axis, self.sequence_parallel)
@@ -109,10 +110,6 @@ class TokenShardedEmbedding(ParallelModule):
 
     Without sequence parallelism every rank looks up all tokens, as the plain module does.
     """
-
-    def __init__(self, plain: nn.Module, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
-        super().__init__(axis, sequence_parallel)
-        self.weight = self.empty(specs["weight"], plain.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.sequence_parallel:

@@ -38,7 +38,7 @@ def apply_tensor_parallel(model: Transformer, table: ParameterTable, *, tp: Axis
         for pattern, replacement in PLAN:
             if fnmatchcase(name, pattern):
                 own = {key: specs[f"{name}.{key}"] for key, _ in plain.named_parameters(recurse=False)}
-                _replace(model, name, replacement(plain, own, tp, sequence_parallel))  # type: ignore[call-arg,arg-type]
+                _replace(model, name, replacement(own, tp, sequence_parallel))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

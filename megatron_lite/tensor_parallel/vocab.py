@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis
@@ -20,10 +20,9 @@ class VocabParallelEmbedding(ParallelModule):
     Gradient of the weight: local rows only; nothing is reduced (all-gather of the gradient under sequence parallelism).
     """
 
-    def __init__(self, plain: nn.Module, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
-        super().__init__(axis, sequence_parallel)
-        self.weight = self.empty(specs["weight"], plain.weight)
-        self.piece = specs["weight"].shard(axis.size, axis.index).pieces[0]
+    def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
+        super().__init__(specs, axis, sequence_parallel)
+        self.piece = self.weight_shard.pieces[0]
 
     def forward(self, token_ids: Tensor) -> Tensor:
         elsewhere = (token_ids < self.piece.start) | (token_ids >= self.piece.stop)
@@ -41,12 +40,11 @@ class VocabParallelLossHead(ParallelModule):
     parallelism), the dual of how the activations came in.
     """
 
-    def __init__(self, plain: nn.Module, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
-        super().__init__(axis, sequence_parallel)
-        self.weight = self.empty(specs["weight"], plain.weight)
+    def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
+        super().__init__(specs, axis, sequence_parallel)
         self.vocab_size = specs["weight"].shape[0]
         self.saves_gradients = True
-        piece = specs["weight"].shard(axis.size, axis.index).pieces[0]
+        piece = self.weight_shard.pieces[0]
         self.shard = VocabularyShard(
             piece.start,
             piece.size,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.topology import Layout
 from megatron_lite.models.families import parameter_table
-from megatron_lite.models.identity import ParameterSpec, ParameterTable
+from megatron_lite.models.identity import ParameterTable, WeightSource
 from megatron_lite.models.initial import initial_shard
 from megatron_lite.models.transformer import Transformer
 from megatron_lite.optim.adamw import AdamW, AdamWState
@@ -23,8 +22,7 @@ from megatron_lite.pipeline.schedules import SCHEDULES, Schedule, forward_only
 from megatron_lite.tensor_parallel.plan import apply_tensor_parallel
 from megatron_lite.zero.engine import ZeroEngine
 
-# The value of a parameter's shard, on the CPU: (spec, tp size, tp index) -> tensor of the shard's shape.
-WeightSource = Callable[[ParameterSpec, int, int], Tensor]
+OPTIMIZERS = {"adamw": AdamW}
 
 
 @dataclass
@@ -86,7 +84,7 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
         sequence_parallel=config.parallel.sequence_parallel,
         stages_of={name: stage_of(name, stage_layers) for pair in table.tied_pairs() for name in pair},
     )
-    optimizer = AdamW(config.optim)
+    optimizer = OPTIMIZERS[config.optim.name](config.optim)
     runner = PipelineRunner(
         model,
         mesh=mesh,

@@ -20,7 +20,7 @@ SCANNED_TOKENS = 1 << 28
 
 @dataclass(frozen=True)
 class Corpus:
-    """valid: None without validation data. valid_tokens_per_byte: of its text, where ``megatron-lite data`` noted it."""
+    """valid: None without validation data. valid_tokens_per_byte: of its text, where that is known."""
 
     train: BatchLoader
     valid: BatchLoader | None

@@ -57,8 +57,14 @@ REDUCTIONS: dict[str, tuple[str, Callable[[Training], None]]] = {
 }
 
 
+def check_reduction(name: str) -> None:
+    """Raises ValueError, with the list, unless ``name`` is a key of ``REDUCTIONS``."""
+    if name not in REDUCTIONS:
+        known = "".join(f"\n  {key}: the {what}" for key, (what, _) in REDUCTIONS.items())
+        raise ValueError(f"{name!r} is no reduction; the reductions are{known}")
+
+
 def remove_reduction(training: Training, name: str) -> None:
     """Takes the reduction ``name`` (a key of ``REDUCTIONS``) out of a run that was just built."""
-    if name not in REDUCTIONS:
-        raise ValueError(f"{name!r} is no reduction; the reductions are {', '.join(REDUCTIONS)}")
+    check_reduction(name)
     REDUCTIONS[name][1](training)

@@ -6,18 +6,25 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lite.config.load import to_yaml
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.train.metrics import METRICS_FILE
-from megatron_lite.train.utilisation import Peak
+from megatron_lite.utils import run_files
 
-CONFIG_FILE = "config.yaml"
-WEIGHTS_FOLDER = "weights"
-LOGS_FOLDER = "logs"
-UTILISATION_FILE = "utilisation.json"
+if TYPE_CHECKING:  # it imports torch, which a launcher that only looks at the folder does not need
+    from megatron_lite.train.utilisation import Peak
+
 # What a run writes, beside the output of its ranks, which the launcher opens before any of them starts.
-_OUTPUTS = (METRICS_FILE, CONFIG_FILE, WEIGHTS_FOLDER, UTILISATION_FILE, "tensorboard", "wandb", "loss.svg")
+_OUTPUTS = (
+    run_files.METRICS,
+    run_files.CONFIG,
+    run_files.WEIGHTS,
+    run_files.UTILISATION,
+    run_files.TENSORBOARD,
+    run_files.WANDB,
+    run_files.PICTURE,
+)
 
 
 class RunFolderError(ValueError):
@@ -30,10 +37,10 @@ def run_folder(config: RunConfig) -> Path:
 
 def refuse_other_run(folder: Path) -> None:
     """Raises RunFolderError if the folder holds the metrics of a run. A run that took no step left nothing to keep."""
-    metrics = folder / METRICS_FILE
+    metrics = folder / run_files.METRICS
     if metrics.is_file() and metrics.stat().st_size > 0:
         raise RunFolderError(
-            f"{folder}: holds a run already ({METRICS_FILE} is there); add --overwrite to replace it, "
+            f"{folder}: holds a run already ({run_files.METRICS} is there); add --overwrite to replace it, "
             "or run.name=ANOTHER to keep it"
         )
 
@@ -54,7 +61,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        (folder / run_files.CONFIG).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written: {error.strerror}; choose another folder with run.dir"
@@ -66,6 +73,6 @@ def write_utilisation(folder: Path, peak: Peak, flops_per_token: float, num_proc
     """What the mfu of the metrics is computed from."""
     account = {"model_flops_per_token": flops_per_token, "num_processes": num_processes, "peak": asdict(peak)}
     try:
-        (folder / UTILISATION_FILE).write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
+        (folder / run_files.UTILISATION).write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(f"{folder / UTILISATION_FILE}: cannot be written: {error.strerror}") from error
+        raise RunFolderError(f"{folder / run_files.UTILISATION}: cannot be written: {error.strerror}") from error

@@ -26,14 +26,17 @@ from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Mesh, build_mesh
 from megatron_lite.distributed.rendezvous import discover, world
 from megatron_lite.models.families import parameter_table
+from megatron_lite.models.identity import WeightSource
+from megatron_lite.models.identity import WeightSource
 from megatron_lite.optim.precision import PRECISIONS
-from megatron_lite.train.build import Training, WeightSource, build, layout_of
+from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.corpus import Corpus, open_corpus
-from megatron_lite.train.folder import WEIGHTS_FOLDER, prepare_folder, run_folder, write_utilisation
-from megatron_lite.train.metrics import METRICS_FILE, Sink, StepRecord, check_extras, open_sinks
+from megatron_lite.train.folder import prepare_folder, run_folder, write_utilisation
+from megatron_lite.train.metrics import Sink, StepRecord, check_extras, open_sinks
 from megatron_lite.train.progress import ConsoleSink
 from megatron_lite.train.step import StepResult, evaluate, train_step
 from megatron_lite.train.utilisation import find_peak, model_flops_per_token
+from megatron_lite.utils import run_files
 
 T = TypeVar("T")
 
@@ -87,7 +90,7 @@ def train(config: RunConfig, *, mesh: Mesh, overwrite: bool = False) -> TrainRes
         training = build(config, mesh=mesh, weights=together(mesh, lambda: initial_weights(config)))
         first, last = _train_steps(training, corpus)
         if config.run.save_weights:
-            save(training, run_folder(config) / WEIGHTS_FOLDER)
+            save(training, run_folder(config) / run_files.WEIGHTS)
     finally:
         corpus.close()
     return TrainResult(run_folder(config), first, last)
@@ -188,7 +191,7 @@ def _refuse_divergence(config: RunConfig, step: int, result: StepResult) -> None
             raise DivergedError(
                 f"step {step}: the {name} is {value}, at learning rate {result.lr:.3g}; lower optim.lr "
                 f"({config.optim.lr:g}), lengthen optim.warmup_steps ({config.optim.warmup_steps}), or look at the "
-                f"grad_norm of the steps before in {run_folder(config) / METRICS_FILE}"
+                f"grad_norm of the steps before in {run_folder(config) / run_files.METRICS}"
             )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.utils import run_files
 
-METRICS_FILE = "metrics.jsonl"
 # EFBIG is what a file-size limit (ulimit -f) gives; for the user it is the same story as a full disk.
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -124,10 +124,10 @@ def check_extras(config: RunConfig) -> None:
     asked = {"tensorboard": config.run.tensorboard, "wandb": config.run.wandb != "off"}
     for package, is_asked in asked.items():
         if is_asked and importlib.util.find_spec(package) is None:
-            value = getattr(config.run, package)
+            value, off = str(getattr(config.run, package)).lower(), "off" if package == "wandb" else "false"
             raise MetricsError(
-                f"run.{package} = {str(value).lower()} needs the package {package}, which is not installed; "
-                f"pip install 'megatron-lite[{package}]', or set run.{package}={'off' if package == 'wandb' else 'false'}"
+                f"run.{package} = {value} needs the package {package}, which is not installed; "
+                f"pip install 'megatron-lite[{package}]', or set run.{package}={off}"
             )
 
 
@@ -137,9 +137,9 @@ def open_sinks(config: RunConfig, folder: Path, console: Sink) -> Iterator[list[
     sinks = [console]
     succeeded = False
     try:
-        sinks.append(MetricsFile(folder / METRICS_FILE))
+        sinks.append(MetricsFile(folder / run_files.METRICS))
         if config.run.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard"))
+            sinks.append(TensorBoard(folder / run_files.TENSORBOARD))
         if config.run.wandb != "off":
             sinks.append(Wandb(config, folder))
         yield sinks

@@ -85,9 +85,7 @@ class Proof:
     def reference(self) -> Outcome:
         """One process, float64, nothing left out."""
         if self._reference is None:
-            exact = self.config.model_copy(
-                update={"train": self.config.train.model_copy(update={"precision": "fp64"})}
-            )
+            exact = self.config.model_copy(update={"train": self.config.train.model_copy(update={"precision": "fp64"})})
             self._reference = self._run(exact, ProofLayout(), None)
         return self._reference
 
@@ -137,7 +135,10 @@ class Proof:
         parameters = [name.split(" ")[-1] for name, _ in broken if name.startswith(("gradient of", "parameter "))]
         return Verdict(
             layout,
-            **worst,
+            loss=worst["loss"],
+            grad_norm=worst["grad_norm"],
+            gradient=worst["gradient"],
+            parameter=worst["parameter"],
             bitwise=None if layout == layout.base() else not differing,
             broken=name,
             broken_parameter=parameters[0] if parameters else "",

@@ -20,8 +20,8 @@ def shrink(config: RunConfig, dtype: str) -> RunConfig:
     """The config that a proof runs: its own model if that is small, else a narrow copy, and a few short sequences.
 
     Kept: the family, the numbers of heads, tied embeddings, the scaling of positions, and as many layers as stages
-    need. Changed: widths, depth, vocabulary (to an odd number, which no tp divides), sequence and batch; the optimizer's
-    eps (see ``PROOF_EPS``) and warm-up; the data, which a proof generates.
+    need. Changed: widths, depth, vocabulary (to an odd number, which no tp divides), sequence and batch; the
+    optimizer's eps (see ``PROOF_EPS``) and warm-up; the data, which a proof generates.
     """
     model = config.model if _num_weights(config.model) <= SMALL else _narrow(config.model)
     seq_len = min(config.train.seq_len, 32, model.max_seq_len)

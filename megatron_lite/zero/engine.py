@@ -116,7 +116,7 @@ class ZeroEngine:
             bucket.gradients[own.start : own.stop] = total
 
     def _add_tied(self, owner: str, follower: str) -> None:
-        """Adds the gradients of the two uses of a tied table: here, or by exchange between the stages that hold them."""
+        """Adds the gradients of the two uses of a tied table: here, or by exchange between the stages of the uses."""
         here = [name for name in (owner, follower) if name in self.buckets]
         if len(here) == 2:
             self.buckets[owner].region_gradients().add_(self.buckets[follower].region_gradients())

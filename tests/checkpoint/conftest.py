@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-transformers = pytest.importorskip("transformers")
-
 # An odd vocabulary, so that it is padded over tp; two key-value heads, so that they are replicated at tp=4.
 VOCABULARY = 161
 
 
 def _config(name: str) -> Any:
+    import transformers
+
     if name.startswith("gpt2"):
         return transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=24, n_inner=96,
@@ -34,6 +34,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     Every parameter is random, norms and biases too. Not to be changed: `editable` gives a copy.
     """
+    transformers = pytest.importorskip("transformers")
     folders: dict[str, Path] = {}
 
     def make(name: str) -> Path:

@@ -196,7 +196,7 @@ def test_a_stored_copy_of_a_tied_head_must_be_a_copy(editable: Callable[[str], A
     assert len(wholes(copy.folder)) > 0
     copy.tensors["lm_head.weight"][-1, -1] += 1
     copy.save()
-    with pytest.raises(CheckpointError, match="ties lm_head.weight to model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
         wholes(copy.folder)
 
 
@@ -206,10 +206,10 @@ def test_transformers_loads_the_export_with_its_tokenizer(
 ) -> None:
     import transformers
 
-    # more text than the 257 tokens of the smallest tokenizer would need a larger vocabulary than these models have
     tokenizer = train_tokenizer(["one two three"], 257)
     save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
     source, out = original(name), tmp_path / "out"
+    # 257 tokens are the fewest of a byte-level tokenizer, and more than this vocabulary
     with pytest.raises(CheckpointError, match="257 tokens, and the model only 161"):
         export_huggingface(out, model_of(source), [], torch.float32, tokenizer=tmp_path / "tokenizer.json")
     assert not out.exists()

@@ -67,10 +67,10 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"tensor {i} differs"
 
 
-def run_python(code: str, **environment: str) -> str:
-    """Runs `code` in a fresh interpreter with these environment variables added; returns what it prints."""
+def run_python(*arguments: str, **environment: str) -> str:
+    """Runs a fresh interpreter with these arguments and added environment variables; returns what it prints."""
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -17,7 +17,11 @@ plain = functools.partial(layer_norm_reference, eps=1e-5)
 
 def inputs(rows: int, dim: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
     torch.manual_seed(rows * 10_000 + dim)
-    return [(torch.randn(rows, dim) * scale + 0.5).to(dtype), torch.rand(dim).to(dtype) + 0.5, torch.randn(dim).to(dtype)]
+    return [
+        (torch.randn(rows, dim) * scale + 0.5).to(dtype),
+        torch.rand(dim).to(dtype) + 0.5,
+        torch.randn(dim).to(dtype),
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,12 +37,16 @@ def at(op: Callable[..., tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor) -> Ca
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("angle_batch", [1, 2])
-@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "dim"), [(1, 1, 1, 2), (3, 4, 1, 40), (113, 8, 4, 64), (5, 3, 3, 118)])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "dim"), [(1, 1, 1, 2), (3, 4, 1, 40), (113, 8, 4, 64), (5, 3, 3, 118)]
+)
 def test_error_is_at_most_twice_that_of_plain_torch(
     tokens: int, heads: int, kv_heads: int, dim: int, angle_batch: int, dtype: torch.dtype
 ) -> None:
     cos, sin = angles(angle_batch, tokens, dim)
-    check_against_plain(at(rotary, cos, sin), at(rotary_reference, cos, sin), qk(2, tokens, heads, kv_heads, dim, dtype))
+    check_against_plain(
+        at(rotary, cos, sin), at(rotary_reference, cos, sin), qk(2, tokens, heads, kv_heads, dim, dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,8 +28,6 @@ from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.step import train_step
 
-transformers = pytest.importorskip("transformers")
-
 BOUND = 1e-5  # the issue's bound, absolute and relative to the largest entry
 NUM_STEPS, BATCH, SEQ_LEN, VOCABULARY = 20, 8, 32, 160
 LAYOUTS = {
@@ -54,6 +52,8 @@ def one_thread() -> Iterator[None]:
 
 
 def transformers_config(name: str) -> Any:
+    import transformers
+
     if name == "gpt2":
         return transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=4, n_head=4, n_positions=64,
@@ -73,6 +73,7 @@ def transformers_config(name: str) -> Any:
 @pytest.fixture(scope="module", params=MODELS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as transformers writes it. Norms and biases are random too: ones and zeros would hide a mix-up."""
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(MODELS.index(request.param))
     model = transformers.AutoModelForCausalLM.from_config(transformers_config(request.param), dtype=torch.float32)
     with torch.no_grad():
@@ -85,6 +86,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def transformers_model(folder: Path) -> Any:
+    import transformers  # here, so that the workers of the pool, which never need it, do not wait for it
+
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
@@ -127,7 +130,8 @@ def logits_job(folder: Path, overrides: list[str], tokens: Tensor) -> tuple[int,
         divide_by = mesh.tp.size if training.config.parallel.sequence_parallel else 1
         buffer = torch.empty(own.numel() // divide_by, training.config.model.hidden_size)
         inputs = collectives.start_receive(buffer, mesh.pp, mesh.pp.index - 1).wait()
-    outputs = stage.hidden(inputs, stage.sequences(*own.shape, None, None, torch.empty(())))
+    num_sequences, seq_len = own.shape
+    outputs = stage.hidden(inputs, stage.sequences(num_sequences, seq_len, None, None, torch.empty(())))
     if not mesh.pp.is_last:
         collectives.start_send(outputs, mesh.pp, mesh.pp.index + 1).wait()
         return None

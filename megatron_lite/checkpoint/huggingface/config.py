@@ -103,12 +103,9 @@ def config_from_hf(folder: str | Path) -> dict[str, Any]:
 def check_matches(folder: str | Path, model: ModelConfig) -> None:
     """Raises ConfigError, with every difference, if the checkpoint in ``folder`` is not of the model ``model``."""
     found = read_model(folder)
-    free = _FREE[found.family]
-    problems = [
-        _difference(key, getattr(model, key), getattr(found, key))
-        for key in (["family"] if model.family != found.family else list(ModelConfig.model_fields))
-        if key not in free and not _equal(getattr(model, key), getattr(found, key))
-    ]
+    differing = _differing(model, found)
+    problems = [_difference(key, getattr(model, key), getattr(found, key)) for key in differing]
+    problems += [_no_longer_derived(key, getattr(found, key)) for key in _moved_by_fixes(model, found, differing)]
     if problems:
         raise ConfigError(problems, f"the model section for the checkpoint {folder}")
 
@@ -229,6 +226,25 @@ def _equal(ours: Any, theirs: Any) -> bool:
     if hasattr(ours, "type") and hasattr(theirs, "type") and ours.type == theirs.type:
         return all(getattr(ours, key) == getattr(theirs, key) for key in _SCALING_KEYS[ours.type])
     return bool(ours == theirs)
+
+
+def _differing(model: ModelConfig, found: ModelConfig) -> list[str]:
+    keys = ["family"] if model.family != found.family else list(ModelConfig.model_fields)
+    return [
+        key for key in keys if key not in _FREE[found.family] and not _equal(getattr(model, key), getattr(found, key))
+    ]
+
+
+def _moved_by_fixes(model: ModelConfig, found: ModelConfig, differing: list[str]) -> list[str]:
+    """Keys that are right and were not given: they follow from keys that are about to change."""
+    given = {key: getattr(model, key) for key in model.model_fields_set}
+    fixed = ModelConfig.model_validate(given | {key: getattr(found, key) for key in differing})
+    return _differing(fixed, found) if fixed.family == model.family else []
+
+
+def _no_longer_derived(key: str, value: Any) -> Problem:
+    rule = "follows from other keys, and changes with the ones above: the checkpoint needs it as it is"
+    return Problem(f"model.{key}", value, rule, "", ((override(f"model.{key}", value),),))
 
 
 def _difference(key: str, ours: Any, theirs: Any) -> Problem:

@@ -1,0 +1,74 @@
+"""A finished or running run, read back from its folder."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lite.config import RunConfig, load_config
+from megatron_lite.data.files import DataError
+from megatron_lite.data.prepare import read_summary
+from megatron_lite.utils import run_files
+
+# Above this size the validation text is not compressed for comparison: it takes a second for each two megabytes.
+MAX_COMPRESSED_BYTES = 1 << 24
+
+
+class ReportError(ValueError):
+    """A folder that no report can be made of; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """records: the objects of metrics.jsonl, in order, at least one."""
+
+    folder: Path
+    config: RunConfig
+    records: tuple[Mapping[str, float], ...]
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) where the value is there."""
+        return [(record["step"], record[key]) for record in self.records if key in record]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.records[-1]["step"] >= self.config.train.num_steps
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ReportError for a folder without metrics, or with broken ones; ConfigError for a broken config."""
+    path = folder / run_files.METRICS
+    if not path.is_file():
+        raise ReportError(f"{folder}: has no {run_files.METRICS}; name the folder of a run, such as runs/quickstart")
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"], record["loss"]
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break  # the line that a full disk or a kill cut short
+            raise ReportError(f"{path}:{number}: is no record of a step; remove the line, or train again") from None
+        records.append(record)
+    if not records:
+        raise ReportError(f"{path}: has no step yet; wait for the first one, or train again")
+    return Run(folder, load_config(folder / run_files.CONFIG), tuple(records))
+
+
+def compressed_bits_per_byte(run: Run) -> float | None:
+    """Bits that ``xz -9`` needs for a byte of the run's validation text; None if it is not there, or too large."""
+    if len(run.config.data.valid) != 1:
+        return None
+    try:
+        summary = read_summary(Path(run.config.data.valid[0]).parent)
+        text = None if summary.valid_text is None else Path(summary.valid_text)
+        if text is None or not 0 < text.stat().st_size <= MAX_COMPRESSED_BYTES:
+            return None
+        content = text.read_bytes()
+    except (DataError, OSError):
+        return None
+    return 8 * len(lzma.compress(content, preset=9)) / len(content)

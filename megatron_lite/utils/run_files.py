@@ -1,0 +1,12 @@
+"""What is where in the folder of a run: the names that training writes and reports and conversion read."""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+UTILISATION = "utilisation.json"
+WEIGHTS = "weights"
+LOGS = "logs"
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+PICTURE = "loss.svg"

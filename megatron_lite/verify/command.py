@@ -1,0 +1,75 @@
+"""The proof from a config file to a printed table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from megatron_lite.config import RunConfig, load_config
+from megatron_lite.distributed.worker_pool import WorkerPool
+from megatron_lite.train.faults import check_reduction
+from megatron_lite.verify.layouts import ProofLayout, default_layouts, legal, matrix, parse
+from megatron_lite.verify.proof import NUM_STEPS, Proof
+from megatron_lite.verify.shrink import shrink
+from megatron_lite.verify.table import complaints, verdict_table
+
+# Columns of a table that goes to a file or a pipe.
+FILE_WIDTH = 110
+
+
+def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: str | None = None) -> bool:
+    """Runs the proof of a config and prints it; returns whether every layout holds.
+
+    wanted: as `choose_layouts` takes it. dtype: 'float64' or 'float32'. without: a reduction to leave out on purpose.
+
+    Raises ConfigError and ValueError for what the user can mend.
+    """
+    if without is not None:
+        check_reduction(without)
+    given = load_config(path, overrides)
+    config = shrink(given, dtype)
+    layouts = choose_layouts(wanted, config)
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(_what_is_proven(given, config, len(layouts), without), highlight=False, soft_wrap=True)
+    with WorkerPool(max(layout.world_size for layout in layouts), preload=("megatron_lite.verify.trial",)) as pool:
+        proof = Proof(config, dtype, pool, without)
+        shown = track(layouts, description="proving", console=console, transient=True, disable=not console.is_terminal)
+        verdicts = [proof.judge(layout) for layout in shown]
+    console.print(verdict_table(verdicts, dtype))
+    for line in complaints(verdicts):
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    return all(verdict.holds for verdict in verdicts)
+
+
+def choose_layouts(wanted: str, config: RunConfig) -> list[ProofLayout]:
+    """The layouts that a text asks for: 'default', 'all' (the whole matrix), or layouts with ';' between them.
+
+    Raises ValueError for a text that is not understood, ConfigError for a layout that the config does not allow.
+    """
+    if wanted == "default":
+        return default_layouts(config)
+    if wanted == "all":
+        return legal(config, matrix())
+    chosen = [parse(text) for text in wanted.split(";") if text.strip()]
+    if not chosen:
+        raise ValueError("--layouts names no layout; write 'default', 'all', or layouts such as 'tp=2,pp=2;dp=4'")
+    for layout in chosen:
+        layout.apply(config)
+    return list(dict.fromkeys(chosen))
+
+
+def _what_is_proven(given: RunConfig, config: RunConfig, num_layouts: int, without: str | None) -> str:
+    model, train = config.model, config.train
+    sizes = (
+        f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads} heads, "
+        f"{model.num_kv_heads} kv heads, vocabulary {model.vocab_size}"
+    )
+    what = "the model as it is" if model == given.model else "a small copy of the model"
+    steps = f"{NUM_STEPS} steps of {train.global_batch_size} sequences of {train.seq_len} tokens"
+    layouts = "1 layout" if num_layouts == 1 else f"{num_layouts} layouts, each"
+    missing = f"; left out on purpose: {without}" if without else ""
+    return f"{what} ({sizes}), {steps}, {layouts} against one process in float64{missing}"

@@ -1,0 +1,78 @@
+"""The native build: what nvcc makes of the .cu files, and what an install does without compilers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.oracle import ROOT
+
+CUDA_SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu"))
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def test_there_are_cuda_sources() -> None:
+    assert CUDA_SOURCES, "the parametrisation below would be empty"
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.parent.name)
+def test_cuda_kernels_compile_without_spills(source: Path, sm: int, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [
+            *(str(NVCC), "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xptxas", "-v"),
+            *(f"-I{ROOT / 'csrc'}", "-cubin", str(source), "-o", str(tmp_path / "kernel.cubin")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]
+    assert len(spills) == len(registers) > 0
+    assert set(spills) == {("0", "0")}, result.stderr
+    assert max(registers) <= 168  # 384 threads of a block share 65536
+
+
+def build(tmp_path: Path, **environment: str) -> tuple[str, dict[str, str | None], Path]:
+    """Runs setup.py build_ext into tmp_path with this environment alone; returns its output, report and folder."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "lib"), "-t", str(tmp_path / "objects")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"HOME": os.environ.get("HOME", "/"), "CUDA_HOME": "/nowhere", **environment},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "lib/megatron_lite/ops"
+    return result.stdout + result.stderr, json.loads((folder / "_native_build.json").read_text()), folder
+
+
+def test_install_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None:
+    output, report, folder = build(tmp_path, CXX="/nowhere/g++", NVCC="/nowhere/nvcc", PATH="/nowhere")
+    assert "CPU kernels: left out: the C++ compiler CXX=/nowhere/g++ is not there" in output
+    assert "CUDA C++ kernels: left out" in output
+    assert report["cpu"] and report["cuda"]
+    assert not (folder / "_native.so").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_failing_nvcc_costs_only_the_cuda_kernels(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: unsupported host compiler' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    output, report, folder = build(tmp_path, NVCC=str(nvcc), PATH=os.environ["PATH"])
+    assert "CPU kernels: built" in output
+    assert "CUDA C++ kernels: left out: nvcc failed: nvcc fatal: unsupported host compiler" in output
+    assert report["cpu"] is None
+    assert (folder / "_native.so").exists()

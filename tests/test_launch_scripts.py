@@ -1,0 +1,146 @@
+"""The scripts of launch/ and .ci/: they parse, they say what they take, and they refuse what makes no sense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.data.prepare import prepare_corpus
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+USER_ERROR = 2
+
+
+def bash(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_parses(script: Path) -> None:
+    result = bash("-n", str(script))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    result = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "mentions"),
+    [("quickstart.sh", ("--steps", "--layout", "--model", "--text")), ("test.sh", ("--matrix", "pytest"))],
+)
+def test_help_installs_nothing(script: str, mentions: tuple[str, ...], tmp_path: Path) -> None:
+    copy = tmp_path / "launch"
+    shutil.copytree(ROOT / "launch", copy)
+    result = bash(str(copy / script), "--help")
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in mentions), result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["launch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--steps", "many"], "--steps 'many'"),
+        (["--steps"], "number of steps"),
+        (["--layout", "tp=0"], "'tp=0' is not a size"),
+        (["--layout", "tp=2,qq=3"], "'qq=3' is not understood"),
+        (["--model", "configs/models/none.yaml"], "configs/models/none.yaml: no such file"),
+        (["--text"], "at least one file"),
+        (["--text", "no-such-file"], "no-such-file: no such file"),
+        (["--fast"], "--fast: no such option"),
+    ],
+)
+def test_misuse_of_the_quickstart(arguments: list[str], complaint: str) -> None:
+    result = bash("launch/quickstart.sh", *arguments)
+    assert result.returncode == USER_ERROR, result.stdout + result.stderr
+    assert complaint in result.stderr
+
+
+def test_no_python_is_one_clear_message(tmp_path: Path) -> None:
+    """In a fresh checkout on a machine whose Python is too old."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "date", "mktemp", "rm", "cat"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    old = tools / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.10\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    result = bash(str(tmp_path / "launch" / "quickstart.sh"), PATH=str(tools))
+    assert result.returncode == 1
+    assert "no Python 3.11 or newer found" in result.stderr and "PYTHON=" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+SETUP = "set -euo pipefail; . launch/setup.sh; "
+
+
+def test_quietly_shows_the_end_of_what_failed() -> None:
+    result = bash("-c", SETUP + "quietly 'the step' bash -c 'echo the reason; exit 3'; echo never")
+    assert result.returncode == 3
+    assert "the reason" in result.stderr and "never" not in result.stdout
+    quiet = bash("-c", SETUP + "quietly 'the step' echo chatter; echo after")
+    assert quiet.returncode == 0 and "chatter" not in quiet.stdout and "after" in quiet.stdout
+
+
+def fingerprint(root: Path) -> str:
+    return bash("-c", f"root={root}; . {ROOT}/launch/setup.sh; root={root}; fingerprint").stdout.strip()
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="not run from the repository's own .venv")
+def test_an_install_is_repeated_when_what_it_was_made_from_changes(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    before = fingerprint(tmp_path)
+    assert len(before) == 64 and fingerprint(tmp_path) == before
+    kernel = tmp_path / "csrc/rms_norm/cpu.cpp"
+    kernel.write_text(kernel.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert fingerprint(tmp_path) != before
+
+
+def test_comparison_with_xz(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("compare_with_xz", ROOT / "launch" / "compare_with_xz.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = tmp_path / "text.txt"
+    text.write_text("one line, over and over again\n" * 400, encoding="utf-8")
+    prepare_corpus([text], tmp_path / "data", vocab_size=300, valid_fraction=0.1, progress=False)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [{"step": 1, "valid_bits_per_byte": 4.0}, {"step": 2, "valid_bits_per_byte": 3.25}, {"step": 3}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    config = {
+        "data": {"valid": [str(tmp_path / "data" / "valid")]},
+        "train": {"eval_batches": 100, "global_batch_size": 8, "seq_len": 32},
+    }
+    (run / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+    words = module.compare(run)
+    assert "3.250 bits per byte for the model after 2 steps" in words and "of it" not in words
+    xz = float(words.split(", ")[-1].split(" ")[0])
+    assert 0 < xz < 4, "repeated lines compress well"
+
+    (run / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    with pytest.raises(SystemExit, match="no evaluation"):
+        module.compare(run)
