@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "block_squares/cpu.h"
 #include "rms_norm/cpu.h"
 #include "rotary/cpu.h"
 #include "swiglu/cpu.h"
@@ -188,6 +189,21 @@ Tensor rotary_cpu(const Tensor& x_any, const Tensor& cos_any, const Tensor& sin_
   return out;
 }
 
+Tensor block_squares_cpu(const Tensor& values, int64_t isa) {
+  STD_TORCH_CHECK(values.dim() == 1 && values.stride(0) == 1 && values.size(0) % ml::kSquaresPerBlock == 0 &&
+                      values.scalar_type() == ScalarType::Float,
+                  "block_squares takes contiguous fp32 values, a multiple of 256 of them");
+  const int64_t blocks = values.size(0) / ml::kSquaresPerBlock;
+  Tensor sums = torch::stable::new_empty(values, {blocks}, ScalarType::Double);
+  const auto& kernels = ML_KERNELS(block_squares, isa);
+  const float* values_data = static_cast<const float*>(values.const_data_ptr());
+  double* sums_data = static_cast<double*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, blocks, grain(ml::kSquaresPerBlock), [&](int64_t begin, int64_t end) {
+    kernels.sum(values_data, sums_data, begin, end);
+  });
+  return sums;
+}
+
 // ---- CUDA
 
 #ifdef ML_WITH_CUDA
@@ -235,6 +251,7 @@ STABLE_TORCH_LIBRARY(megatron_lite_cpu, m) {
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, int isa=-1) -> (Tensor dx, Tensor dweight)");
   m.def("swiglu(Tensor gate_up, int isa=-1) -> Tensor");
   m.def("swiglu_backward(Tensor d_out, Tensor gate_up, int isa=-1) -> Tensor");
+  m.def("block_squares(Tensor values, int isa=-1) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, int isa=-1) -> Tensor");
 }
 
@@ -243,6 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_lite_cpu, CPU, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_cpu));
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cpu));
+  m.impl("block_squares", TORCH_BOX(&block_squares_cpu));
   m.impl("rotary", TORCH_BOX(&rotary_cpu));
 }
 

@@ -98,7 +98,7 @@ install() {
   local stamp=$venv/.installed-$1 extras=$2 pip wanted
   make_venv
   wanted=$(fingerprint)
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || [ ! -e "$root/megatron_lite/ops/_native_build.json" ]; then
     say "installing into .venv"
     # Modules are compiled when they are first imported: most of torch's never are.
     pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt)

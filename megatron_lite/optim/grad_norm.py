@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
+from megatron_lite.ops.block_squares import BLOCK, block_squares
 from megatron_lite.utils.exact import to_limbs
-
-BLOCK = 256  # divides every slice of a bucket
-_CHUNK = 1 << 17  # elements worked on at once: a float64 copy of them stays in cache
 
 
 def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Tensor:
     """Exact sum, as limbs (see ``utils/exact.py``), of float64 sums of squares over blocks of 256 elements.
 
-    gradient: flat, any float dtype, a multiple of 256 elements long. uncounted: elements ``[start, stop)`` to leave
-    out. A block's sum is a fixed tree of additions, so it does not depend on what surrounds the block.
+    gradient: flat, any float dtype, a multiple of 256 elements long, cut at multiples of 256 from whatever it is a
+    slice of. uncounted: elements ``[start, stop)`` to leave out.
     """
-    assert gradient.numel() % BLOCK == 0
-    skipped = list(uncounted)
-    sums = []
-    for first in range(0, gradient.numel(), _CHUNK):
-        last = min(first + _CHUNK, gradient.numel())
-        squares = gradient[first:last].to(torch.float64, copy=True)
-        for start, stop in skipped:
-            squares[max(start - first, 0) : max(stop - first, 0)] = 0
-        squares = squares.square_().view(-1, BLOCK)
-        while squares.shape[1] > 1:
-            half = squares.shape[1] // 2
-            squares = squares[:, :half] + squares[:, half:]
-        sums.append(squares[:, 0])
-    if not sums:
-        return to_limbs(gradient.to(torch.float64))
-    return to_limbs(torch.cat(sums))
+    sums = block_squares(gradient)
+    for start, stop in uncounted:
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        counted = gradient[first * BLOCK : last * BLOCK].clone()
+        counted[start - first * BLOCK : stop - first * BLOCK] = 0
+        sums[first:last] = block_squares(counted)
+    return to_limbs(sums)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

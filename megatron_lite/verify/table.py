@@ -40,7 +40,7 @@ def _number(value: float, bound: float) -> str:
 
 
 def complaints(verdicts: Sequence[Verdict]) -> list[str]:
-    """One line for each layout that does not hold: the first value and the first parameter that differ, and the axis."""
+    """One line for each layout that does not hold: the first value and parameter that differ, and the axis."""
     lines = []
     for v in verdicts:
         if not v.holds:

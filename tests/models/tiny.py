@@ -32,8 +32,11 @@ def model_config(family: str = "llama", **changes: Any) -> ModelConfig:
 
 
 def some_values(spec: ParameterSpec, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A global tensor in which no two numbers are alike, and norms and biases are neither one nor zero."""
-    noise = torch.from_numpy(standard_normal(7, spec.name, 0, spec.numel)).view(spec.shape)
+    """A global tensor in which no two numbers are alike, and norms and biases are neither one nor zero.
+
+    Tied parameters have the same values.
+    """
+    noise = torch.from_numpy(standard_normal(7, spec.tied_to or spec.name, 0, spec.numel)).view(spec.shape)
     return ((1.0 if spec.init == "ones" else 0.0) + 0.2 * noise).to(dtype)
 
 

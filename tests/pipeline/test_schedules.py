@@ -44,29 +44,29 @@ def find(schedule: Schedule, kind: Kind, microbatch: int = -1) -> int:
     return schedule.index(Instruction(kind, microbatch))
 
 
-# (stage of 4, two instructions): exchanging them must be caught.
+# (stage of 4, two instructions, what the simulation says): exchanging them must be caught.
 SWAPS = {
-    "forward before its input": (1, (Kind.RECEIVE_ACTIVATION, 2), (Kind.FORWARD, 2)),
-    "sent before it is made": (0, (Kind.FORWARD, 3), (Kind.SEND_ACTIVATION, 3)),
-    "two forwards": (3, (Kind.FORWARD, 1), (Kind.FORWARD, 2)),
-    "two backwards": (3, (Kind.BACKWARD, 1), (Kind.BACKWARD, 2)),
-    "two sends": (1, (Kind.SEND_ACTIVATION, 0), (Kind.SEND_ACTIVATION, 1)),
-    "two receives": (2, (Kind.RECEIVE_GRADIENT, 0), (Kind.RECEIVE_GRADIENT, 1)),
-    "backward before its gradient": (2, (Kind.RECEIVE_GRADIENT, 1), (Kind.BACKWARD, 1)),
-    "gradient sent before it is made": (2, (Kind.BACKWARD, 1), (Kind.SEND_GRADIENT, 1)),
-    "reduced before the last gradient": (0, (Kind.BACKWARD, 5), (Kind.REDUCE_GRADIENTS, -1)),
-    "all wait for all": (1, (Kind.SEND_ACTIVATION, 2), (Kind.RECEIVE_GRADIENT, 0)),
+    "forward before its input": (1, (Kind.RECEIVE_ACTIVATION, 2), (Kind.FORWARD, 2), "activation 2 is not there"),
+    "sent before it is made": (0, (Kind.FORWARD, 3), (Kind.SEND_ACTIVATION, 3), "output 3 is not there"),
+    "two forwards": (3, (Kind.FORWARD, 1), (Kind.FORWARD, 2), "activation 2 is not there"),
+    "two backwards": (3, (Kind.BACKWARD, 1), (Kind.BACKWARD, 2), "output of the forward of 2 is not there"),
+    "two sends": (1, (Kind.SEND_ACTIVATION, 0), (Kind.SEND_ACTIVATION, 1), "output 1 is not there"),
+    "two receives": (2, (Kind.RECEIVE_GRADIENT, 0), (Kind.RECEIVE_GRADIENT, 1), "receives 1, but 0 comes first"),
+    "backward before its gradient": (2, (Kind.RECEIVE_GRADIENT, 1), (Kind.BACKWARD, 1), "gradient 1 is not there"),
+    "gradient sent before it is made": (2, (Kind.BACKWARD, 1), (Kind.SEND_GRADIENT, 1), "gradient 1 is not there"),
+    "reduced before the last gradient": (0, (Kind.BACKWARD, 5), (Kind.REDUCE_GRADIENTS, -1), "before the last"),
+    "all wait for all": (2, (Kind.SEND_ACTIVATION, 0), (Kind.RECEIVE_GRADIENT, 0), "deadlock"),
 }
 
 
 @pytest.mark.parametrize("swap", SWAPS)
 def test_two_instructions_exchanged_are_caught(swap: str) -> None:
-    stage, one, other = SWAPS[swap]
+    stage, one, other, message = SWAPS[swap]
     plan = schedules("1f1b", 4, 6)
     simulate(plan, 6)
     i, j = find(plan[stage], *one), find(plan[stage], *other)
     plan[stage][i], plan[stage][j] = plan[stage][j], plan[stage][i]
-    with pytest.raises(BadSchedule):
+    with pytest.raises(BadSchedule, match=message):
         simulate(plan, 6)
 
 

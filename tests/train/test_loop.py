@@ -180,9 +180,7 @@ def test_a_converted_run_is_where_the_next_one_starts(
     assert record["valid_loss"] == pytest.approx(read_metrics(single)[-1]["valid_loss"], rel=1e-6)
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-    pool: WorkerPool, corpus: Path, tmp_path: Path, single: Path
-) -> None:
+def test_a_checkpoint_of_another_model_is_refused(pool: WorkerPool, corpus: Path, tmp_path: Path, single: Path) -> None:
     convert_run(single, tmp_path / "hf", "float32")
     more = (f"init.from_hf={tmp_path / 'hf'}", "model.num_layers=3")
     with pytest.raises(WorkerError, match=r"model\.num_layers"):

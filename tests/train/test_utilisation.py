@@ -1,0 +1,59 @@
+"""The FLOPs of a model against torch's own count of what a forward and backward pass executes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_lite.config.schema import KernelsConfig, ModelConfig
+from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.distributed.topology import Layout
+from megatron_lite.distributed.worker_pool import WorkerPool
+from megatron_lite.models.transformer import Transformer
+from megatron_lite.train.utilisation import Peak, find_peak, model_flops_per_token
+
+BATCH, SEQ_LEN = 2, 16
+SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}
+MODELS = {
+    "llama": {"family": "llama", "num_kv_heads": 2},
+    "tied": {"family": "llama", "tie_embeddings": True, "head_dim": 16},
+    "gpt2": {"family": "gpt2"},
+}
+
+
+def executed_flops(model: ModelConfig) -> int:
+    torch.manual_seed(0)
+    transformer = Transformer(model, KernelsConfig(attention="reference"))
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(0, model.vocab_size, (BATCH, SEQ_LEN))
+    sequences = transformer.sequences(BATCH, SEQ_LEN, None, None, torch.empty(()))
+    with FlopCounterMode(display=False) as counter:
+        transformer(tokens, sequences, tokens).backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_that_torch_counts(name: str) -> None:
+    """The reference attention also computes what the causal mask then hides: seq_len instead of (seq_len + 1) / 2."""
+    model = ModelConfig(**{**SIZES, **MODELS[name]})
+    masked = 6 * model.num_layers * model.num_heads * model.head_dim * (2 * SEQ_LEN - (SEQ_LEN + 1))
+    expected = (model_flops_per_token(model, SEQ_LEN) + masked) * BATCH * SEQ_LEN
+    assert executed_flops(model) == expected
+    wider = model.model_copy(update={"ffn_hidden_size": model.ffn_hidden_size + 1})
+    assert model_flops_per_token(wider, SEQ_LEN) > model_flops_per_token(model, SEQ_LEN), "it counts the model's sizes"
+
+
+def measure() -> Peak:
+    mesh = build_mesh(Layout(dp=torch.distributed.get_world_size()), device=torch.device("cpu"))
+    return find_peak(mesh, torch.float32)
+
+
+def test_the_peak_is_of_all_ranks_together(pool: WorkerPool) -> None:
+    peaks = pool.run(measure, 2)
+    assert peaks[0] == peaks[1], "a rank has measured for itself alone"
+    assert peaks[0].source == "measured matmul"
+    assert 1e8 < peaks[0].total_flops_per_s < 1e14
