@@ -117,7 +117,4 @@ fi
 
 say "training with $nproc processes"
 "$ml" train configs/runs/quickstart.yaml ${overrides[@]+"${overrides[@]}"} --nproc "$nproc" --overwrite
-
-say "how well the model predicts text that it has not seen"
-"$venv/bin/python" launch/compare_with_xz.py runs/quickstart
 echo "$(elapsed) s in all"

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from megatron_lite.cli import app
@@ -40,9 +41,14 @@ def write_config(folder: Path, corpus: Path, name: str = "tiny") -> Path:
     return path
 
 
-def command(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, timeout=timeout, env=environ)
+def command(*args: object) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
+    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, timeout=180)
+
+
+def invoke(*args: object) -> Result:
+    """In this process, which has imported torch already."""
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
 
 
 def test_help_needs_no_torch() -> None:
@@ -71,8 +77,8 @@ def test_from_text_to_a_model_that_transformers_loads(tmp_path: Path) -> None:
     """data, train with processes of its own, report, convert."""
     text = tmp_path / "verse.txt"
     text.write_text("".join(f"the {i % 7} cats of number {i} sit on {i % 5} mats; " for i in range(600)))
-    made = command("data", text, "--out", tmp_path / "data", "--vocab-size", 300, "--valid-fraction", 0.1)
-    assert made.returncode == 0, made.stderr
+    made = invoke("data", text, "--out", tmp_path / "data", "--vocab-size", 300, "--valid-fraction", 0.1)
+    assert made.exit_code == 0, made.stderr
     assert "train with model.vocab_size=300" in made.stdout
     config = write_config(tmp_path, tmp_path / "data")
     trained = command("train", config, "--nproc", 2, "parallel.tp=2", "train.log_interval=4")
@@ -85,13 +91,13 @@ def test_from_text_to_a_model_that_transformers_loads(tmp_path: Path) -> None:
     assert "valid loss" in lines[-1] and "bits per byte" in trained.stdout and "xz -9" in trained.stdout
     assert ElementTree.parse(folder / run_files.PICTURE).getroot().tag.endswith("svg")
     assert (folder / run_files.LOGS / "rank1.log").read_text() == "", "a second rank has nothing to say"
-    again = command("train", config, "--nproc", 2, "parallel.tp=2")
-    assert again.returncode == 2
+    again = invoke("train", config, "--nproc", 2, "parallel.tp=2")
+    assert again.exit_code == 2
     assert again.stderr.count("\n") == 1 and "holds a run already" in again.stderr
     assert read_metrics(folder) == metrics
 
-    converted = command("convert", folder, tmp_path / "hf", "--dtype", "bfloat16")
-    assert converted.returncode == 0, converted.stderr
+    converted = invoke("convert", folder, tmp_path / "hf", "--dtype", "bfloat16")
+    assert converted.exit_code == 0, converted.stderr
     described = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (described["model_type"], described["torch_dtype"]) == ("llama", "bfloat16")
     transformers = pytest.importorskip("transformers")
@@ -171,11 +177,11 @@ def test_a_port_in_use_is_said_before_anything_starts(corpus: Path, tmp_path: Pa
 
 def test_verify_holds_and_breaks(tmp_path: Path) -> None:
     config = Path(__file__).parents[1] / "configs" / "runs" / "tiny-proof.yaml"
-    good = command("verify", config, "--layouts", "tp=2,sp;pp=2,dp=2,gpipe,zero=0")
-    assert good.returncode == 0, good.stdout + good.stderr
+    good = invoke("verify", config, "--layouts", "tp=2,sp;pp=2,dp=2,gpipe,zero=0")
+    assert good.exit_code == 0, good.stdout + good.stderr
     assert good.stdout.count("holds") == 2
     assert good.stdout.startswith("the model as it is (llama, 4 layers, hidden 64")
-    bad = command("verify", config, "--layouts", "dp=2", "--without", "data-parallel")
-    assert bad.returncode == 1
+    bad = invoke("verify", config, "--layouts", "dp=2", "--without", "data-parallel")
+    assert bad.exit_code == 1
     assert "broken" in bad.stdout
     assert "first parameter: embedding.tokens.weight; axis: dp" in bad.stdout

@@ -40,10 +40,9 @@ ENVIRONMENT = {
     "distributed/worker.py": "readies a worker before torch is used",
     "train/loop.py": "hands the environment to rendezvous before the world is made",
 }
-# Where something is divided by a number of targets, and why.
+# Where something is divided by a number of targets, and why. One place, as the design wants it.
 NORMALISERS = {
     "train/step.py:_run": "the one place where a sum of token losses is divided by their number",
-    "train/loop.py:validation_loss": "the mean of batches that _run has normalised, by their sizes",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from megatron_lite.data.prepare import prepare_corpus
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
@@ -116,31 +112,3 @@ def test_an_install_is_repeated_when_what_it_was_made_from_changes(tmp_path: Pat
     kernel = tmp_path / "csrc/rms_norm/cpu.cpp"
     kernel.write_text(kernel.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert fingerprint(tmp_path) != before
-
-
-def test_comparison_with_xz(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("compare_with_xz", ROOT / "launch" / "compare_with_xz.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = tmp_path / "text.txt"
-    text.write_text("one line, over and over again\n" * 400, encoding="utf-8")
-    prepare_corpus([text], tmp_path / "data", vocab_size=300, valid_fraction=0.1, progress=False)
-
-    run = tmp_path / "run"
-    run.mkdir()
-    records = [{"step": 1, "valid_bits_per_byte": 4.0}, {"step": 2, "valid_bits_per_byte": 3.25}, {"step": 3}]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    config = {
-        "data": {"valid": [str(tmp_path / "data" / "valid")]},
-        "train": {"eval_batches": 100, "global_batch_size": 8, "seq_len": 32},
-    }
-    (run / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
-    words = module.compare(run)
-    assert "3.250 bits per byte for the model after 2 steps" in words and "of it" not in words
-    xz = float(words.split(", ")[-1].split(" ")[0])
-    assert 0 < xz < 4, "repeated lines compress well"
-
-    (run / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
-    with pytest.raises(SystemExit, match="no evaluation"):
-        module.compare(run)

@@ -288,7 +288,9 @@ class RunSettings(Section):
     )
     tensorboard: bool = Field(default=False, description="whether TensorBoard event files are written")
     save_weights: bool = Field(
-        default=True, description="whether the final weights are written, as Hugging Face safetensors"
+        default=True,
+        description="whether the final weights are written, to dir/name/weights; `megatron-lite convert` makes a "
+        "Hugging Face folder of them",
     )
 
 

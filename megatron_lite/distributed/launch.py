@@ -145,7 +145,7 @@ def run_rank(
             exit_code=EXIT_USER_ERROR if is_user_error(error) else EXIT_FAILURE,
             is_user_error=is_user_error(error),
             summary=str(error) if is_user_error(error) else f"{type(error).__name__}: {error}",
-            traceback=traceback.format_exc(),
+            traceback="" if is_user_error(error) else traceback.format_exc(),
         )
     else:
         code = result if isinstance(result, int) else 0
@@ -153,9 +153,10 @@ def run_rank(
             rank=int(environ.get("RANK", "0")), exit_code=code, is_user_error=False, summary="", traceback=""
         )
     if end.exit_code:
-        _write_error_file(end, environ.get("TORCHELASTIC_ERROR_FILE", ""))
+        is_written = _write_error_file(end, environ.get("TORCHELASTIC_ERROR_FILE", ""))
         message = _describe(end, int(environ.get("WORLD_SIZE", "1")), None)
-        if message and environ.get("LOCAL_RANK", "0") == "0" and environ.get(QUIET_VARIABLE) is None:
+        is_quiet = environ.get(QUIET_VARIABLE) is not None and is_written
+        if message and environ.get("LOCAL_RANK", "0") == "0" and not is_quiet:
             print(message, file=sys.stderr)
     return end.exit_code
 
@@ -265,15 +266,25 @@ def log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank{rank}.log"
 
 
-def _write_error_file(end: _RankEnd, path: str) -> None:
-    """In the form that torchrun's agent reads and prints, with our own account beside it."""
+def _write_error_file(end: _RankEnd, path: str) -> bool:
+    """In the form that torchrun's agent reads and prints, with our own account beside it. Returns whether it is there.
+
+    Whole or not at all, for the full disk that ends a run may be the one that takes this file: half of one would be
+    what the agent fails on.
+    """
     if not path:
-        return
+        return False
     extra = {"py_callstack": end.traceback or end.summary, "timestamp": str(int(time.time()))}
-    with contextlib.suppress(OSError):
-        Path(path).write_text(
-            json.dumps({"message": {"message": end.summary, "extraInfo": extra}, "megatron_lite": asdict(end)})
-        )
+    content = json.dumps({"message": {"message": end.summary, "extraInfo": extra}, "megatron_lite": asdict(end)})
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(content)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return False
+    return True
 
 
 def _how_it_ended(exit_code: int) -> str:

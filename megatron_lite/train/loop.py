@@ -27,7 +27,6 @@ from megatron_lite.distributed.mesh import Mesh, build_mesh
 from megatron_lite.distributed.rendezvous import discover, world
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import WeightSource
-from megatron_lite.models.identity import WeightSource
 from megatron_lite.optim.precision import PRECISIONS
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.corpus import Corpus, open_corpus
@@ -165,11 +164,9 @@ def _train_steps(training: Training, corpus: Corpus) -> tuple[StepRecord, StepRe
 
 def validation_loss(training: Training, loader: BatchLoader) -> float:
     """Mean loss in nats over the targets of the first ``train.eval_batches`` global batches of the validation data."""
-    total, num_targets = 0.0, 0
-    for microbatches in loader.eval_batches(training.config.train.eval_batches):
-        loss, count = evaluate(training, _to_device(microbatches, training.mesh.device))
-        total, num_targets = total + loss * count, num_targets + count
-    return total / num_targets
+    batches = loader.eval_batches(training.config.train.eval_batches)
+    loss, _ = evaluate(training, _to_device([one for batch in batches for one in batch], training.mesh.device))
+    return loss
 
 
 def _to_device(microbatches: Sequence[Microbatch], device: torch.device) -> list[Microbatch]:

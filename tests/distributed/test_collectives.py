@@ -27,11 +27,15 @@ DUALS: dict[str, Callable[[Tensor, Axis], Tensor]] = {
 FORGOTTEN: dict[str, Callable[[Tensor, Axis], Tensor]] = {
     "copy_to": lambda x, axis: x * 1,
     "reduce_from": lambda x, axis: x * 1,
-    "gather_tokens": lambda x, axis: torch.cat(
-        [x if i == axis.index else part for i, part in enumerate(collectives.all_gather(x.detach(), axis).chunk(axis.size))]
-    ),
+    "gather_tokens": lambda x, axis: _own_shard_alone(x, axis),
     "scatter_sum_tokens": lambda x, axis: x.chunk(axis.size)[axis.index] * 1,
 }
+
+
+def _own_shard_alone(x: Tensor, axis: Axis) -> Tensor:
+    shards = list(collectives.all_gather(x.detach(), axis).chunk(axis.size))
+    shards[axis.index] = x
+    return torch.cat(shards)
 
 
 def integers(seed: int, *shape: int) -> Tensor:

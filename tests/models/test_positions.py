@@ -57,7 +57,7 @@ def of_transformers(scaling: str, theta: float, head_dim: int = 128) -> Tensor:
         max_position_embeddings=131072,
         rope_parameters=parameters,
     )
-    return LlamaRotaryEmbedding(hf).inv_freq.double()  # type: ignore[no-untyped-call]
+    return LlamaRotaryEmbedding(hf).inv_freq.double()
 
 
 def largest_relative_difference(one: Tensor, other: Tensor) -> float:

@@ -21,13 +21,15 @@ def logits(
     """``[B, S, V]``."""
     assert model.head is not None
     like = next(model.parameters())
-    hidden = model.hidden(tokens, model.sequences(*tokens.shape, positions, documents, like))
+    batch_size, seq_len = tokens.shape
+    hidden = model.hidden(tokens, model.sequences(batch_size, seq_len, positions, documents, like))
     return model.head.logits(hidden).view(*tokens.shape, -1)
 
 
 def loss(model: Transformer, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
     like = next(model.parameters())
-    result: Tensor = model(tokens, model.sequences(*tokens.shape, None, documents, like), targets)
+    batch_size, seq_len = tokens.shape
+    result: Tensor = model(tokens, model.sequences(batch_size, seq_len, None, documents, like), targets)
     return result
 
 

@@ -46,7 +46,9 @@ def in_one_process() -> tuple[list[Tensor], dict[str, Tensor]]:
     """A plain loop: no schedule, no runner."""
     model, losses = filled(CONFIG, F32), []
     for batch in batches():
-        sequences = model.sequences(*batch.tokens.shape, batch.positions, batch.documents, torch.empty((), dtype=F32))
+        batch_size, seq_len = batch.tokens.shape
+        like = torch.empty((), dtype=F32)
+        sequences = model.sequences(batch_size, seq_len, batch.positions, batch.documents, like)
         loss = model(batch.tokens, sequences, batch.targets)
         loss.backward(WEIGHT)
         losses.append(loss.detach())

@@ -84,7 +84,7 @@ def test_runs_cover_each_slice_once_with_the_right_decay(config: ModelConfig, dp
 def test_a_stage_that_holds_the_whole_state_has_the_same_runs() -> None:
     whole = layer_bucket(CONFIGS["gpt2"], dp=(4, 2), stage=0)
     assert whole.region == whole.layout.whole
-    assert [(run, decays) for run, decays in whole.decay_runs()][0][0].start == 0
+    assert whole.decay_runs()[0][0].start == 0
     assert sum(run.size for run, _ in whole.decay_runs()) == whole.layout.size
 
 
@@ -164,9 +164,7 @@ def test_every_element_counts_on_exactly_one_rank(config: ModelConfig, tp: int) 
             local = counts[slot.interval.start : slot.interval.stop].view(slot.shape)
             dim = spec.shard_dim or 0
             for piece in spec.shard(tp, index).pieces:
-                counted[slot.name].narrow(dim, piece.start, piece.size).add_(
-                    local.narrow(dim, piece.local, piece.size)
-                )
+                counted[slot.name].narrow(dim, piece.start, piece.size).add_(local.narrow(dim, piece.local, piece.size))
     for name, count in counted.items():
         assert torch.equal(count, torch.ones_like(count)), name
 

@@ -34,7 +34,7 @@ KEYS = (
     "optim.lr=0.01",
     "optim.weight_decay=0.5",
     "optim.clip_grad_norm=0.5",
-    # Where a gradient is zero but for rounding (a key bias, under softmax), a small eps would make it a step of size lr.
+    # Where a gradient is zero but for rounding (a key bias), a small eps would make it a step of size lr.
     "optim.eps=1e-4",
 )
 

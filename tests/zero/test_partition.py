@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -86,13 +87,12 @@ def elements(intervals: list[Interval]) -> set[int]:
 def test_merged_intervals_are_the_same_elements_in_the_fewest_pieces() -> None:
     numbers = random.Random(0)
     for _ in range(300):
-        intervals = [
-            Interval(start, start + numbers.randint(0, 6)) for start in numbers.choices(range(40), k=numbers.randint(0, 8))
-        ]
+        starts = numbers.choices(range(40), k=numbers.randint(0, 8))
+        intervals = [Interval(start, start + numbers.randint(0, 6)) for start in starts]
         merged = merge(intervals)
         assert elements(merged) == elements(intervals)
         assert all(interval.size for interval in merged)
-        assert all(one.stop < other.start for one, other in zip(merged, merged[1:], strict=False))
+        assert all(one.stop < other.start for one, other in itertools.pairwise(merged))
 
 
 def test_intervals_intersect_as_sets_do() -> None:

@@ -1,0 +1,157 @@
+"""Flat AdamW against ``torch.optim.AdamW`` over the parameters one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_lite.config.schema import OptimConfig
+from megatron_lite.optim.adamw import AdamW
+from megatron_lite.zero.partition import BucketLayout, lay_out
+
+SHAPES = {"matrix": (37, 19), "norm": (45,), "wide": (3, 300), "bias": (300,)}
+DECAYS = {"matrix": True, "norm": False, "wide": True, "bias": False}
+NUM_STEPS = 10
+CONFIG = OptimConfig(weight_decay=0.3, beta1=0.8, beta2=0.97, eps=1e-7)
+
+
+def layout() -> BucketLayout:
+    return lay_out("unit", SHAPES.items(), 2)
+
+
+def learning_rates() -> list[float]:
+    return [1e-2 * (1 + step % 3) for step in range(NUM_STEPS)]
+
+
+def start_values(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    draw = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+    return {name: value.to(dtype) for name, value in draw.items()}
+
+
+def gradients_of_steps(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Of very different sizes, and zero now and then."""
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for _ in range(NUM_STEPS):
+        scales = {name: 10.0 ** (-4 * i) for i, name in enumerate(SHAPES)}
+        noise = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+        steps.append({name: (scales[name] * x * (x > -1)).to(dtype) for name, x in noise.items()})
+    return steps
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    buffer = torch.zeros(layout().size, dtype=tensors["norm"].dtype)
+    for slot in layout().slots:
+        buffer[slot.interval.start : slot.interval.stop] = tensors[slot.name].flatten()
+    return buffer
+
+
+def runs() -> list[tuple[slice, bool]]:
+    """One run a parameter, up to the next one; the last takes what only pads."""
+    starts = [slot.start for slot in layout().slots]
+    return [
+        (slice(start, stop), DECAYS[slot.name])
+        for slot, start, stop in zip(layout().slots, starts, [*starts[1:], layout().size], strict=True)
+    ]
+
+
+def ours(dtype: torch.dtype, first: int = 0, last: int | None = None, config: OptimConfig = CONFIG) -> Tensor:
+    """Flat weights ``first .. last`` after ten steps in which only these are known."""
+    last = layout().size if last is None else last
+    weights = flat(start_values(dtype))[first:last].clone()
+    optimizer = AdamW(config)
+    state = optimizer.init_state(weights)
+    clipped = [(max(where.start, first), min(where.stop, last), decays) for where, decays in runs()]
+    own = [(slice(start - first, stop - first), decays) for start, stop, decays in clipped if start < stop]
+    for gradients, lr in zip(gradients_of_steps(dtype), learning_rates(), strict=True):
+        optimizer.step(weights, flat(gradients)[first:last].clone(), state, own, lr)
+    assert state.num_steps == NUM_STEPS
+    return weights
+
+
+def torchs(dtype: torch.dtype, decays: dict[str, bool] = DECAYS, **options: Any) -> Tensor:
+    parameters = {name: torch.nn.Parameter(value) for name, value in start_values(dtype).items()}
+    groups = [{"params": [p], "weight_decay": 0.3 if decays[name] else 0.0} for name, p in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.eps, **options)
+    for gradients, lr in zip(gradients_of_steps(dtype), learning_rates(), strict=True):
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name].clone()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return flat({name: parameter.detach() for name, parameter in parameters.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ten_steps_are_those_of_torchs_fused_adamw(dtype: torch.dtype) -> None:
+    """To one unit in the last place a step: at the odd end of a parameter torch runs scalar code, in which the compiler
+    contracts other multiplications and additions than in the vector code that the aligned flat memory meets."""
+    actual, expected = ours(dtype), torchs(dtype, fused=True)
+    ulp = torch.finfo(dtype).eps
+    assert ((actual - expected).abs() <= NUM_STEPS * ulp * expected.abs().clamp(min=1e-2)).all()
+    assert (actual != flat(start_values(dtype))).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ten_steps_are_those_of_torchs_plain_adamw(dtype: torch.dtype) -> None:
+    """The textbook loop rounds at other places: some ten units in the last place of an update, a step."""
+    actual, expected = ours(dtype), torchs(dtype, foreach=False, fused=False)
+    assert (actual - expected).abs().max() <= 10 * NUM_STEPS * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict.fromkeys(DECAYS, True), dict.fromkeys(DECAYS, False), {**DECAYS, "bias": True}], ids=str
+)
+def test_decay_on_other_parameters_is_noticed(wrong: dict[str, bool]) -> None:
+    difference = (ours(torch.float32) - torchs(torch.float32, wrong, fused=True)).abs()
+    for slot in layout().slots:
+        is_off = bool((difference[slot.interval.start : slot.interval.stop] > 1e-4).any())
+        assert is_off == (wrong[slot.name] != DECAYS[slot.name]), slot.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_slices_are_updated_as_the_whole_is(dtype: torch.dtype) -> None:
+    """Bitwise: this is what makes ZeRO stages equal. Slices of any aligned size, also such that cut a parameter."""
+    whole, size = ours(dtype), layout().size
+    assert size % 512 == 0
+    for share in (256, 512, size // 2):
+        parts = [ours(dtype, first, min(first + share, size)) for first in range(0, size, share)]
+        assert len(parts) > 1 and torch.equal(torch.cat(parts), whole)
+
+
+def test_padding_stays_zero() -> None:
+    weights = ours(torch.float32)
+    is_used = torch.zeros(layout().size, dtype=torch.bool)
+    for slot in layout().slots:
+        is_used[slot.interval.start : slot.interval.stop] = True
+    assert (~is_used).any() and not weights[~is_used].any()
+
+
+def test_decay_is_decoupled() -> None:
+    """With a gradient of zero the moments stay zero and the weights shrink by lr * decay, exactly once."""
+    weights = torch.full((256,), 2.0, dtype=torch.float64)
+    optimizer = AdamW(CONFIG)
+    state = optimizer.init_state(weights)
+    optimizer.step(weights, torch.zeros_like(weights), state, [(slice(0, 256), True)], 0.1)
+    torch.testing.assert_close(weights, torch.full_like(weights, 2.0 * (1 - 0.1 * 0.3)), rtol=1e-15, atol=0)
+    assert not state.first.any() and not state.second.any()
+
+
+def test_the_first_step_moves_by_the_learning_rate() -> None:
+    """Bias-corrected moments of one gradient are the gradient itself, whatever its size."""
+    weights = torch.zeros(256, dtype=torch.float64)
+    optimizer = AdamW(OptimConfig(eps=1e-30))
+    gradients = torch.cat([torch.full((128,), 1e-9), torch.full((128,), -1e3)]).double()
+    optimizer.step(weights, gradients, optimizer.init_state(weights), [(slice(0, 256), False)], 0.25)
+    torch.testing.assert_close(weights, -0.25 * gradients.sign(), rtol=1e-12, atol=0)
+
+
+def test_state_is_in_the_dtype_of_the_weights() -> None:
+    for dtype in (torch.float32, torch.float64):
+        state = AdamW(CONFIG).init_state(torch.ones(5, dtype=dtype))
+        assert state.first.dtype == state.second.dtype == dtype and state.num_steps == 0
+        assert state.first.data_ptr() != state.second.data_ptr()

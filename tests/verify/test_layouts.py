@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megatron_lite.config import RunConfig, load_config
+from megatron_lite.config.problems import ConfigError
+from megatron_lite.verify.layouts import (
+    MAX_RANKS,
+    ProofLayout,
+    default_layouts,
+    layout_of_config,
+    legal,
+    matrix,
+    parse,
+)
+
+KEYS = (
+    "model.family=llama",
+    "model.vocab_size=97",
+    "model.hidden_size=64",
+    "model.num_layers=4",
+    "model.num_heads=8",
+    "model.num_kv_heads=2",
+    "model.max_seq_len=32",
+    "train.seq_len=32",
+    "train.global_batch_size=8",
+    "train.num_steps=4",
+)
+
+
+def config(*keys: str) -> RunConfig:
+    return load_config(None, [*KEYS, *keys])
+
+
+@pytest.mark.parametrize("layout", matrix(), ids=str)
+def test_text_and_back(layout: ProofLayout) -> None:
+    assert parse(str(layout)) == layout
+
+
+def test_texts_differ_where_layouts_do() -> None:
+    assert len({str(layout) for layout in matrix()}) == len(matrix())
+
+
+@pytest.mark.parametrize(
+    ("text", "layout"),
+    [
+        ("single", ProofLayout()),
+        ("tp=2", ProofLayout(tp=2)),
+        (" dp=2, tp=2 ,sp", ProofLayout(tp=2, dp=2, sequence_parallel=True)),
+        ("pp=4,gpipe", ProofLayout(pp=4, schedule="gpipe")),
+        ("pp=2,1f1b,zero=0", ProofLayout(pp=2, zero_stage=0)),
+        ("tp=1,pp=1,dp=8", ProofLayout(dp=8)),
+    ],
+)
+def test_parse(text: str, layout: ProofLayout) -> None:
+    assert parse(text) == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("tp=2,xp=2", "xp=2"),
+        ("tp=0", "tp=0"),
+        ("tp=-1", "tp=-1"),
+        ("tp=two", "tp=two"),
+        ("tp", "tp"),
+        ("zero=2", "zero=2"),
+        ("sp=1", "sp=1"),
+        ("pp=2,GPipe", "GPipe"),
+        ("pp=2,gpipe=1", "gpipe=1"),
+        ("", ""),
+        ("tp=2,,dp=2", ""),
+    ],
+)
+def test_errors_name_the_part_that_is_not_understood(text: str, part: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(text)
+    message = str(caught.value)
+    assert f"{part!r} is not understood" in message and repr(text) in message
+    assert "tp=2,pp=2,dp=2,sp,gpipe,zero=0" in message  # an example of what is
+
+
+def test_a_layout_that_is_too_large_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'tp=4,pp=4' needs 16 processes; a proof runs at most 8"):
+        parse("tp=4,pp=4")
+
+
+def test_the_matrix_is_the_cross_product_of_what_differs() -> None:
+    layouts = matrix()
+    assert len(layouts) >= 50
+    assert len(layouts) == len(set(layouts))
+    assert max(layout.world_size for layout in layouts) == MAX_RANKS == 8
+    assert ProofLayout() in layouts and ProofLayout(tp=2, pp=2, dp=2) in layouts
+    for axis in ("tp", "pp", "dp"):
+        assert {getattr(layout, axis) for layout in layouts} == {1, 2, 4}
+    for what, values in (("schedule", {"1f1b", "gpipe"}), ("zero_stage", {0, 1}), ("sequence_parallel", {False, True})):
+        assert {getattr(layout, what) for layout in layouts if layout.world_size == 8} == values
+
+
+def test_no_two_layouts_of_the_matrix_say_the_same() -> None:
+    """A schedule means something over stages only, a ZeRO stage over dp only, sequence parallelism over tp only."""
+    meanings = Counter(
+        (
+            layout.tp,
+            layout.pp,
+            layout.dp,
+            layout.schedule if layout.pp > 1 else "",
+            layout.zero_stage if layout.dp > 1 else -1,
+            layout.sequence_parallel and layout.tp > 1,
+        )
+        for layout in matrix()
+    )
+    assert set(meanings.values()) == {1}
+    # And none is missing: per (tp, pp, dp) two choices for each of the three that mean something.
+    sizes = {(layout.tp, layout.pp, layout.dp) for layout in matrix()}
+    assert sizes == {(t, p, d) for t in (1, 2, 4) for p in (1, 2, 4) for d in (1, 2, 4) if t * p * d <= 8}
+    assert sum(2 ** sum(size > 1 for size in layout) for layout in sizes) == len(matrix())
+
+
+def test_smaller_matrices() -> None:
+    assert [str(layout) for layout in matrix((1,))] == ["single"]
+    assert {layout.world_size for layout in matrix((1, 3))} == {1, 3}
+
+
+def test_the_base_keeps_what_may_change_bits_and_nothing_else() -> None:
+    assert str(parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").base()) == "tp=2,dp=2,sp"
+    assert parse("pp=4,gpipe").base() == ProofLayout()
+    for layout in matrix():
+        base = layout.base()
+        assert base.base() == base
+        assert (base.tp, base.dp, base.sequence_parallel) == (layout.tp, layout.dp, layout.sequence_parallel)
+        assert (base.pp, base.schedule, base.zero_stage) == (1, "1f1b", 1)
+
+
+def test_each_axis_alone() -> None:
+    found = {name: str(layout) for name, layout in parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").single_axes()}
+    assert found == {"tp": "tp=2,sp,gpipe,zero=0", "pp": "pp=2,gpipe,zero=0", "dp": "dp=2,gpipe,zero=0"}
+    assert list(ProofLayout().single_axes()) == []
+
+
+def test_apply() -> None:
+    applied = parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").apply(config())
+    p = applied.parallel
+    assert (p.tp, p.pp, p.dp, p.sequence_parallel, p.schedule, p.zero_stage) == (2, 2, 2, True, "gpipe", 0)
+    assert applied.num_microbatches == 4
+    by_hand = config("parallel.pp=2", "parallel.stage_layers=[1,3]")
+    assert parse("pp=2").apply(by_hand).parallel.stage_layers == (1, 3)
+    assert parse("pp=4").apply(by_hand).parallel.stage_layers is None
+    refusals = {"tp=8": "model.num_heads=4", "pp=8": "model.num_layers=7", "dp=8": "train.global_batch_size=4"}
+    for text, key in refusals.items():
+        with pytest.raises(ConfigError):
+            parse(text).apply(config(key))
+
+
+def test_legal_leaves_out_what_the_model_or_the_batch_does_not_allow() -> None:
+    layouts = [parse(text) for text in ("tp=2", "tp=8", "pp=4", "pp=8", "dp=3", "dp=8")]
+    assert [str(layout) for layout in legal(config(), layouts)] == ["tp=2", "tp=8", "pp=4", "dp=8"]
+    assert len(legal(config(), matrix())) == len(matrix())
+
+
+def test_the_layout_of_a_config() -> None:
+    own = layout_of_config(config("parallel.tp=2", "parallel.pp=2", "parallel.zero_stage=0"))
+    assert own == ProofLayout(2, 2, 2, zero_stage=0), "dp fills the processes"
+    assert layout_of_config(config("parallel.dp=64", "train.global_batch_size=64")) == ProofLayout(dp=8)
+    assert layout_of_config(config("parallel.sequence_parallel=true")) == ProofLayout(dp=8)
+    assert layout_of_config(config("parallel.tp=8", "parallel.pp=2")) is None
+
+
+def test_default_layouts_have_the_own_first_each_axis_and_no_repeats() -> None:
+    layouts = default_layouts(config("parallel.tp=2", "parallel.pp=2", "parallel.dp=2"))
+    assert str(layouts[0]) == "tp=2,pp=2,dp=2"
+    assert len(layouts) == len(set(layouts)) > 8
+    texts = {str(layout) for layout in layouts}
+    assert {"tp=2", "pp=2", "dp=2", "tp=2,sp", "pp=2,gpipe", "dp=2,zero=0"} <= texts
