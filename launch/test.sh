@@ -37,5 +37,5 @@ cd "$root"
 install test "[test]"
 
 say "testing"
-exec "$venv/bin/python" -m pytest -q --durations=10 -o faulthandler_timeout=$limit_s -o faulthandler_exit_on_timeout=true \
+exec "$venv/bin/python" -m pytest --durations=10 --durations-min=1 -o faulthandler_timeout=$limit_s -o faulthandler_exit_on_timeout=true \
   ${arguments[@]+"${arguments[@]}"}

@@ -177,7 +177,7 @@ def test_a_port_in_use_is_said_before_anything_starts(corpus: Path, tmp_path: Pa
 
 def test_verify_holds_and_breaks(tmp_path: Path) -> None:
     config = Path(__file__).parents[1] / "configs" / "runs" / "tiny-proof.yaml"
-    good = invoke("verify", config, "--layouts", "tp=2,sp;pp=2,dp=2,gpipe,zero=0")
+    good = invoke("verify", config, "--layouts", "tp=2,sp;pp=2,gpipe")
     assert good.exit_code == 0, good.stdout + good.stderr
     assert good.stdout.count("holds") == 2
     assert good.stdout.startswith("the model as it is (llama, 4 layers, hidden 64")

@@ -100,7 +100,7 @@ def _panel(panel: Panel, across: _Scale, top: int, *, is_last: bool) -> list[str
     for tick in across.ticks if is_last else ():
         parts.append(f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle">{_number(tick)}</text>')
     if is_last:
-        parts.append(f'<text x="{across.last + 14}" y="{bottom + 18}">step</text>')
+        parts.append(f'<text x="{across.last + 24}" y="{bottom + 18}">step</text>')
     ends = []
     for colour, line in enumerate(panel.lines):
         points = [point for point in line.points if math.isfinite(point[1])]
@@ -129,15 +129,16 @@ def _path(points: Sequence[Point], across: _Scale, up: _Scale) -> str:
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """Moving average over a window that reaches as far back as forward, and shrinks towards both ends."""
+    """Moving average around each point. The window shrinks towards the first point, so that the line begins where the
+    points do, and is cut off at the last one, so that the line does not end on the noise of one step."""
     half = max(1, round(len(points) * SMOOTHED_SHARE / 2)) if len(points) > 2 else 0
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     result = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        result.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        first, stop = i - min(half, i), min(i + min(half, i) + 1, len(points))
+        result.append((x, (sums[stop] - sums[first]) / (stop - first)))
     return result
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from rich.table import Table
 
 from megatron_lite.report.chart import Line, Panel, draw
 from megatron_lite.report.run import ReportError, Run, compressed_bits_per_byte
 from megatron_lite.utils import run_files
+
+# The loss of one batch is noisy: a run ends at the mean over this share of its steps.
+ENDING_SHARE = 0.03
 
 
 def summary_table(run: Run) -> Table:
@@ -20,7 +23,9 @@ def summary_table(run: Run) -> Table:
     table.add_column()
     steps = f"{last['step']:,} of {run.config.train.num_steps:,}, {last['tokens']:,} tokens"
     table.add_row("steps", steps if run.is_finished else f"{steps} (not finished)")
-    table.add_row("training loss", f"{first['loss']:.4f} -> {last['loss']:.4f}")
+    ending = run.records[-max(1, round(ENDING_SHARE * len(run.records))) :]
+    of_steps = f" (mean of the last {len(ending)} steps)" if len(ending) > 1 else ""
+    table.add_row("training loss", f"{first['loss']:.4f} -> {mean(r['loss'] for r in ending):.4f}{of_steps}")
     validation = run.series("valid_loss")
     if validation:
         table.add_row("validation loss", " -> ".join(f"{loss:.4f}" for _, loss in _ends(validation)))
