@@ -27,11 +27,11 @@ from megatron_lite.checkpoint.tensor_files import (
     read_json,
 )
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.data.files import AtomicFile
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterSpec, ParameterTable, assemble
+from megatron_lite.utils.files import AtomicFile
 
 DESCRIPTION_FILE = "weights.json"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megatron_lite.data.dataset import Sample, TokenDataset
-from megatron_lite.data.files import DataError
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.loader import IGNORE_INDEX, BatchLoader, Microbatch
 from megatron_lite.data.order import SampleOrder, batch_indices
+from megatron_lite.utils.files import DataError
 
 __all__ = [
     "IGNORE_INDEX",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.data.files import DataError
 from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.utils.files import DataError
 
 _SCAN_TOKENS = 1 << 22
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from megatron_lite.data.files import DataError
+from megatron_lite.utils.files import DataError
 
 PIECE_BYTES = 1 << 16
 _CUT_TRIES = 64

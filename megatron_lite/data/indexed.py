@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lite.data.files import AtomicFile, DataError
+from megatron_lite.utils.files import AtomicFile, DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from tokenizers import Tokenizer
 
 from megatron_lite.data.documents import Document, iter_documents
-from megatron_lite.data.files import AtomicFile, DataError
 from megatron_lite.data.indexed import IndexedWriter, token_dtype
 from megatron_lite.data.tokenizer import (
     end_of_document_id,
@@ -24,6 +23,7 @@ from megatron_lite.data.tokenizer import (
     tokenizer_vocab_size,
     train_tokenizer,
 )
+from megatron_lite.utils.files import AtomicFile, DataError
 
 BATCH_BYTES = 1 << 22  # text that is encoded at once, spread over the cores by the tokenizers library
 BATCH_PIECES = 1 << 16  # an encoding costs about a kilobyte beside its tokens, which tells where documents are short

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_lite.data.files import AtomicFile, DataError
+from megatron_lite.utils.files import AtomicFile, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What tokenizers in use call the token that ends a document, in the order in which they are looked for.

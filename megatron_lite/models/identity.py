@@ -138,6 +138,7 @@ class ParameterSpec:
 
 
 # Where values come from: (spec, tp size, tp index) -> that rank's shard, on the CPU, in the shape of `spec.shard`.
+# A tied parameter has to get the values of the one that it is tied to.
 WeightSource = Callable[[ParameterSpec, int, int], Tensor]
 
 
@@ -171,6 +172,13 @@ class ParameterTable:
         return [(spec.tied_to, spec.name) for spec in self.specs if spec.tied_to is not None]
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit; 0 and -0 differ, and a NaN equals itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
 def assemble(spec: ParameterSpec, shards: list[Tensor]) -> Tensor:
     """The global tensor from the shards of all tensor-parallel ranks, in order.
 
@@ -182,7 +190,7 @@ def assemble(spec: ParameterSpec, shards: list[Tensor]) -> Tensor:
     for index, local in enumerate(shards):
         for piece in spec.shard(tp, index).pieces:
             if piece.start in written and piece.replicas > 1:
-                if not torch.equal(
+                if not same_bits(
                     whole.narrow(dim, piece.start, piece.size), local.narrow(dim, piece.local, piece.size)
                 ):
                     raise ValueError(f"{spec.name}: tp ranks {written[piece.start]} and {index} hold different copies")

@@ -30,9 +30,10 @@ linear_reference = F.linear
 def weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """``grad^T x`` ``[out, in]`` of ``grad [T, out]`` and ``x [T, in]``: added to ``weight.grad``, or returned.
 
-    To be called in a backward with the weight itself, not with a copy. None says that it has been added.
+    To be called in a backward with the weight itself, not with a copy. None says that it has been added: a gradient
+    that is there is a place to accumulate in, also under ``torch.autograd.grad``.
     """
-    if weight.grad is not None and weight.grad.dtype == grad.dtype:
+    if weight.requires_grad and weight.grad is not None and weight.grad.dtype == grad.dtype:
         weight.grad.addmm_(grad.t(), x)
         return None
     return grad.t() @ x

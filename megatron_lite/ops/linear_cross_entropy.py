@@ -29,13 +29,14 @@ def _unsharded(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Rows ``start .. start + size`` of the vocabulary, and how to reduce a tensor in place over all shards.
+    """Rows ``start .. start + size`` of ``vocab_size``, and how to reduce a tensor in place over all shards.
 
     Rows of the local weight beyond ``size`` only pad.
     """
 
     start: int
     size: int
+    vocab_size: int
     reduce_max: Callable[[Tensor], Tensor] = _unsharded
     reduce_sum: Callable[[Tensor], Tensor] = _unsharded
 
@@ -59,13 +60,27 @@ def linear_cross_entropy(
             for schedules that run many forwards before the first backward; the bits are the same.
 
     Returns:
-        A float64 scalar, so that sums over microbatches and ranks do not round. Statistics are float32, or float64
+        A float64 scalar, so that sums over microbatches and ranks do not round; with ``saves_gradients`` it can be
+        differentiated once. Statistics are float32, or float64
         for float64 input. Backward: with a sharded vocabulary the gradient of ``x`` is a partial sum over the shards.
     """
     if shard is None:
-        shard = VocabularyShard(0, weight.shape[0])
+        shard = VocabularyShard(0, weight.shape[0], weight.shape[0])
+    check_ids(targets.masked_fill(targets == IGNORED_TARGET, 0), shard.vocab_size)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(x, weight, targets, shard, wants_grad, saves_gradients)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises IndexError for a token id outside of ``0 .. vocab_size - 1``; on CUDA the device asserts, later."""
+    if ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if ids.is_cuda:
+        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all())
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise IndexError(f"token id {low if low < 0 else high} is outside of the vocabulary, 0 .. {vocab_size - 1}")
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -109,10 +124,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        gradients = ctx.gradients
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
+            if not ctx.saved_tensors:
+                raise RuntimeError("linear_cross_entropy gave its gradients away in the first backward; use it again")
             gradients = _recompute(ctx.shard, *ctx.saved_tensors)
-        ctx.gradients = None
         return gradients.x.mul_(grad_output), gradients.weight.mul_(grad_output), None, None, None, None
 
 
@@ -122,7 +138,8 @@ class _Gradients:
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.x = torch.empty_like(x)
         accumulation = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.weight = torch.empty(weight.shape, dtype=accumulation, device=weight.device)
+        make = torch.empty if x.shape[0] else torch.zeros
+        self.weight = make(weight.shape, dtype=accumulation, device=weight.device)
         self._is_empty = True
 
     def add(

@@ -17,10 +17,12 @@ def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Te
     slice of. uncounted: elements ``[start, stop)`` to leave out.
     """
     sums = block_squares(gradient)
-    for start, stop in uncounted:
+    skipped = list(uncounted)
+    for start, stop in skipped:
         first, last = start // BLOCK, -(-stop // BLOCK)
         counted = gradient[first * BLOCK : last * BLOCK].clone()
-        counted[start - first * BLOCK : stop - first * BLOCK] = 0
+        for begin, end in skipped:
+            counted[max(begin - first * BLOCK, 0) : max(end - first * BLOCK, 0)] = 0
         sums[first:last] = block_squares(counted)
     return to_limbs(sums)
 
@@ -28,6 +30,10 @@ def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Te
 def clip_factor(norm: float, max_norm: float) -> float:
     """What to multiply gradients by so that their norm is at most ``max_norm`` (0 turns clipping off).
 
+    A norm that is not a number gives a factor that is none either.
+
     The 1e-6 in the denominator is ``torch.nn.utils.clip_grad_norm_``'s, so that both clip alike.
     """
-    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
+    if max_norm == 0 or norm + 1e-6 <= max_norm:
+        return 1.0
+    return max_norm / (norm + 1e-6)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config import RunConfig, load_config
-from megatron_lite.data.files import DataError
 from megatron_lite.data.prepare import read_summary
 from megatron_lite.utils import run_files
+from megatron_lite.utils.files import DataError
 
 # Above this size the validation text is not compressed for comparison: it takes a second for each two megabytes.
 MAX_COMPRESSED_BYTES = 1 << 24

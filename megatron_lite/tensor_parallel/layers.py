@@ -46,7 +46,7 @@ class _ColumnLinear(torch.autograd.Function):
             x = gathering.wait()
         else:
             reducing = collectives.start_all_reduce(grad @ weight, ctx.axis)
-        grad_weight = weight_gradient(weight, grad, x)
+        grad_weight = weight_gradient(weight, grad, x) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(dim=0) if ctx.has_bias else None
         return reducing.wait(), grad_weight, grad_bias, None, None
 
@@ -64,7 +64,8 @@ class _RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if ctx.is_sequence:
             grad = collectives.all_gather(grad, ctx.axis)
-        return grad @ weight, weight_gradient(weight, grad, x), None, None
+        grad_weight = weight_gradient(weight, grad, x) if ctx.needs_input_grad[1] else None
+        return grad @ weight, grad_weight, None, None
 
 
 class ParallelModule(nn.Module):

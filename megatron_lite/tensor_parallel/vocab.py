@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.models.identity import ParameterSpec
-from megatron_lite.ops.linear_cross_entropy import VocabularyShard, linear_cross_entropy
+from megatron_lite.ops.linear_cross_entropy import VocabularyShard, check_ids, linear_cross_entropy
 from megatron_lite.tensor_parallel.layers import ParallelModule
 
 
@@ -22,9 +22,10 @@ class VocabParallelEmbedding(ParallelModule):
 
     def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
         super().__init__(specs, axis, sequence_parallel)
-        self.piece = self.weight_shard.pieces[0]
+        self.piece, self.vocab_size = self.weight_shard.pieces[0], specs["weight"].shape[0]
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        check_ids(token_ids, self.vocab_size)
         elsewhere = (token_ids < self.piece.start) | (token_ids >= self.piece.stop)
         rows = (token_ids - self.piece.start).masked_fill(elsewhere, 0)
         partial = F.embedding(rows, self.weight).masked_fill(elsewhere[..., None], 0)
@@ -48,6 +49,7 @@ class VocabParallelLossHead(ParallelModule):
         self.shard = VocabularyShard(
             piece.start,
             piece.size,
+            self.vocab_size,
             reduce_max=lambda values: collectives.all_reduce(values, axis, "max"),
             reduce_sum=lambda values: collectives.all_reduce(values, axis, "sum"),
         )

@@ -51,4 +51,4 @@ def from_limbs(limbs: Tensor) -> float:
     try:
         return float(Fraction(total, 1 << _LOWEST_BIT))
     except OverflowError:
-        return math.copysign(math.inf, total)
+        return math.inf if total > 0 else -math.inf

@@ -10,9 +10,9 @@ from rich.progress import track
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.train.faults import check_reduction
-from megatron_lite.verify.layouts import ProofLayout, default_layouts, legal, matrix, parse
-from megatron_lite.verify.proof import NUM_STEPS, Proof
-from megatron_lite.verify.shrink import shrink
+from megatron_lite.verify.layouts import MAX_RANKS, ProofLayout, default_layouts, layout_of_config, legal, matrix, parse
+from megatron_lite.verify.proof import Proof
+from megatron_lite.verify.shrink import NUM_STEPS, shrink
 from megatron_lite.verify.table import complaints, verdict_table
 
 # Columns of a table that goes to a file or a pipe.
@@ -35,6 +35,8 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
     if not console.is_terminal:
         console.width = FILE_WIDTH
     console.print(_what_is_proven(given, config, len(layouts), without), highlight=False, soft_wrap=True)
+    if wanted == "default" and (sentence := _own_layout_missing(given, layouts)):
+        console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
     with WorkerPool(max(layout.world_size for layout in layouts), preload=("megatron_lite.verify.trial",)) as pool:
         proof = Proof(config, dtype, pool, without)
         shown = track(layouts, description="proving", console=console, transient=True, disable=not console.is_terminal)
@@ -73,3 +75,15 @@ def _what_is_proven(given: RunConfig, config: RunConfig, num_layouts: int, witho
     layouts = "1 layout" if num_layouts == 1 else f"{num_layouts} layouts, each"
     missing = f"; left out on purpose: {without}" if without else ""
     return f"{what} ({sizes}), {steps}, {layouts} against one process in float64{missing}"
+
+
+def _own_layout_missing(given: RunConfig, layouts: list[ProofLayout]) -> str:
+    """A sentence if the default layouts do not include the config's own, which has more ranks than a proof runs."""
+    own = layout_of_config(given)
+    if own in layouts:
+        return ""
+    parallel = given.parallel
+    return (
+        f"not proven: the config's own tp={parallel.tp}, pp={parallel.pp}; a proof runs at most {MAX_RANKS} processes, "
+        "and layouts of the same axes stand in for it"
+    )

@@ -68,6 +68,8 @@ def parse(text: str) -> ProofLayout:
     fields: dict[str, Any] = {}
     for part in text.replace(" ", "").split(","):
         key, _, value = part.partition("=")
+        if key in fields or (fields and part == "single"):
+            raise ValueError(f"layout {text!r}: {part!r} contradicts what comes before it")
         if key in _SIZES and value.isdecimal() and int(value) > 0:
             fields[key] = int(value)
         elif part in ("gpipe", "1f1b"):

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.distributed.worker_pool import WorkerPool
+from megatron_lite.models.identity import same_bits
 from megatron_lite.verify.layouts import ProofLayout
+from megatron_lite.verify.shrink import NUM_STEPS
 from megatron_lite.verify.trial import InconsistentRanks, global_tensors, run_trial
 
 # Relative to the largest entry of each tensor. float64 sums of a few thousand terms round at 1e-13; float32 at 1e-6.
 BOUNDS = {"float64": 1e-10, "float32": 1e-5}
-NUM_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,11 @@ class Proof:
                 broken.append((name, found))
         differing = differing_values(outcome, base)
         if differing and not broken:
-            broken = [(f"{name} (not bitwise equal to {layout.base()})", 0.0) for name in differing]
+            broken = [(name, 0.0) for name in differing]
         name, difference = broken[0] if broken else ("", 0.0)
         parameters = [name.split(" ")[-1] for name, _ in broken if name.startswith(("gradient of", "parameter "))]
+        if broken and not difference:
+            name += f" (not bitwise equal to {layout.base()})"
         return Verdict(
             layout,
             loss=worst["loss"],
@@ -165,4 +168,4 @@ def relative_difference(value: Tensor, exact: Tensor) -> float:
 def differing_values(one: Outcome, other: Outcome) -> list[str]:
     """Names of the values in which two outcomes differ in any bit."""
     pairs = zip(one.values(), other.values(), strict=True)
-    return [name for (name, value), (_, expected) in pairs if not torch.equal(value, expected)]
+    return [name for (name, value), (_, expected) in pairs if not same_bits(value, expected)]

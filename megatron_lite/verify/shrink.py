@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_lite.config.schema import ModelConfig, RunConfig
+from megatron_lite.verify.layouts import ProofLayout, layout_of_config
 
 # A model of at most this many weights is proven as it is.
 SMALL = 2_000_000
+NUM_STEPS = 4
 PRECISIONS = {"float64": "fp64", "float32": "fp32"}
 
 # AdamW divides a gradient by its own size. Where a gradient is zero but for rounding (a key bias, under softmax) the
@@ -19,37 +22,49 @@ PROOF_EPS = 1e-4
 def shrink(config: RunConfig, dtype: str) -> RunConfig:
     """The config that a proof runs: its own model if that is small, else a narrow copy, and a few short sequences.
 
-    Kept: the family, the numbers of heads, tied embeddings, the scaling of positions, and as many layers as stages
-    need. Changed: widths, depth, vocabulary (to an odd number, which no tp divides), sequence and batch; the
-    optimizer's eps (see ``PROOF_EPS``) and warm-up; the data, which a proof generates.
+    Kept: the family, the numbers of heads, tied embeddings, the scaling of positions, and whatever the config's own
+    layout needs to be legal, if a proof can run it (as many layers as stages, sizes that its tp and dp divide).
+    Changed: widths, depth, vocabulary (to an odd number, which no tp divides), sequence and batch; the optimizer's
+    eps (see ``PROOF_EPS``), warm-up and decay; the data, which a proof generates; the device, which is the CPU.
     """
-    model = config.model if _num_weights(config.model) <= SMALL else _narrow(config.model)
-    seq_len = min(config.train.seq_len, 32, model.max_seq_len)
+    own = layout_of_config(config) or ProofLayout()
+    model = config.model if _num_weights(config.model) <= SMALL else _narrow(config.model, own)
     sizes: dict[str, Any] = {
-        "seq_len": seq_len,
+        "seq_len": _sequence_length(config, own.tp),
         "micro_batch_size": 1,
-        "global_batch_size": 8,
-        "num_steps": 4,
+        "global_batch_size": math.lcm(8, own.dp),
+        "num_steps": NUM_STEPS,
         "precision": PRECISIONS[dtype],
         "threads": 1,
         "eval_interval": 0,
     }
-    optim = config.optim.model_copy(
-        update={"eps": PROOF_EPS, "warmup_steps": min(config.optim.warmup_steps, 2), "decay_steps": 4}
-    )
+    warmup_steps = min(config.optim.warmup_steps, NUM_STEPS // 2)
+    decay_steps = NUM_STEPS - warmup_steps if config.optim.schedule == "wsd" else NUM_STEPS
+    optim = {"eps": PROOF_EPS, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     stage_layers = config.parallel.stage_layers
     if stage_layers is not None and sum(stage_layers) != model.num_layers:
         stage_layers = None
+    runs_here = config.kernels.rms_norm == "reference" or (config.kernels.rms_norm == "cpu" and dtype == "float32")
+    kernels = {} if runs_here else {"rms_norm": "auto"}
     return config.model_copy(
         update={
             "model": model,
             "train": config.train.model_copy(update=sizes),
-            "optim": optim,
+            "optim": config.optim.model_copy(update=optim),
             "parallel": config.parallel.model_copy(update={"stage_layers": stage_layers}),
             "data": config.data.model_copy(update={"train": (), "valid": (), "tokenizer": None}),
             "init": config.init.model_copy(update={"from_hf": None}),
+            "run": config.run.model_copy(update={"device": "cpu"}),
+            "kernels": config.kernels.model_copy(update=kernels),
         }
     )
+
+
+def _sequence_length(config: RunConfig, tp: int) -> int:
+    """At most 32 tokens, and a multiple of what sequence parallelism divides them by, where there are that many."""
+    most = min(config.train.seq_len, 32, config.model.max_seq_len)
+    unit = next((u for u in (math.lcm(8, tp), tp) if u <= most), 1)
+    return most // unit * unit
 
 
 def _num_weights(model: ModelConfig) -> int:
@@ -57,8 +72,8 @@ def _num_weights(model: ModelConfig) -> int:
     return 2 * model.vocab_size * model.hidden_size + model.num_layers * per_layer
 
 
-def _narrow(model: ModelConfig) -> ModelConfig:
-    num_layers = min(model.num_layers, 4)
+def _narrow(model: ModelConfig, own: ProofLayout) -> ModelConfig:
+    num_layers = min(model.num_layers, max(4, own.pp))
     head_dim = 8
     scaling = model.rope_scaling
     if scaling is not None:
@@ -69,7 +84,7 @@ def _narrow(model: ModelConfig) -> ModelConfig:
             "head_dim": head_dim,
             "hidden_size": model.num_heads * head_dim if model.family == "gpt2" else 64,
             "num_layers": num_layers,
-            "ffn_hidden_size": 96,
+            "ffn_hidden_size": math.lcm(96, own.tp),
             "max_seq_len": min(model.max_seq_len, 64),
             "rope_scaling": scaling,
         }

@@ -52,7 +52,9 @@ class Bucket:
         else:
             self.parameters = shared_with.parameters
         self.master = self.parameters[region.start : region.stop]
-        if param_dtype != grad_dtype:
+        if shared_with is not None:
+            self.master = shared_with.master
+        elif param_dtype != grad_dtype:
             self.master = self.master.to(grad_dtype)
         self.partial_sums: list[PartialSum] = []
         self.uncounted: list[Interval] = []

@@ -123,10 +123,12 @@ class ZeroEngine:
         elif here:
             (name,) = here
             other = self._stages_of[follower if name == owner else owner]
+            forward, back = self.mesh.pp, self.mesh.pp_return
+            to_other, from_other = (forward, back) if other > forward.index else (back, forward)
             own = self.buckets[name].region_gradients()
             received = torch.empty_like(own)
-            receiving = collectives.start_receive(received, self.mesh.pp, other)
-            sending = collectives.start_send(own.clone(), self.mesh.pp, other)
+            receiving = collectives.start_receive(received, from_other, other)
+            sending = collectives.start_send(own.clone(), to_other, other)
             own.add_(receiving.wait())
             sending.wait()
 

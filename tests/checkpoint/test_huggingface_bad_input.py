@@ -17,8 +17,8 @@ from megatron_lite.checkpoint.huggingface import config_from_hf, export_huggingf
 from megatron_lite.checkpoint.shard_reader import ShardReader
 from megatron_lite.checkpoint.tensor_files import CheckpointError
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.data.files import DataError
 from megatron_lite.models.families import parameter_table
+from megatron_lite.utils.files import DataError
 
 Edit = Callable[[str], Any]
 

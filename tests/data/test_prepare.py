@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_lite.data import DataError, IndexedReader, TokenDataset, prepare
-from megatron_lite.data.files import AtomicFile
 from megatron_lite.data.prepare import CorpusSummary, prepare_corpus, read_summary
 from megatron_lite.data.tokenizer import END_OF_DOCUMENT, load_tokenizer, save_tokenizer, train_tokenizer
+from megatron_lite.utils.files import AtomicFile
 
 MADE = ["meta.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx", "valid.txt"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.parity.proof_models import MODELS, proof_config
 from rich.console import Console
 
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.verify.layouts import legal, matrix, parse
 from megatron_lite.verify.proof import Proof, Verdict
 from megatron_lite.verify.table import complaints, verdict_table
+from tests.parity.proof_models import MODELS, proof_config
 
 # Each layout brings along the one that it must equal bit by bit: the same tp, dp and sp on one stage with ZeRO 1.
 CASES = {

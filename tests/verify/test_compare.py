@@ -87,7 +87,6 @@ def test_differing_values_are_named() -> None:
     assert differing_values(outcome(gradient=math.nan), outcome(gradient=math.nan)), "a NaN is never a proof"
 
 
-@pytest.mark.xfail(strict=True, reason="torch.equal holds 0.0 and -0.0 for equal, and the bits differ")
 def test_the_sign_of_zero_is_a_bit() -> None:
     assert differing_values(outcome(gradient=0.0), outcome(gradient=-0.0)) == ["gradient of w"]
 
@@ -146,7 +145,6 @@ def test_what_holds_the_bound_and_not_the_bits_is_broken() -> None:
     assert verdict.broken == "parameter w (not bitwise equal to single)" and verdict.axis == "pp"
 
 
-@pytest.mark.xfail(strict=True, reason="the name is cut out of the sentence about the bits: it says 'single)'")
 def test_the_parameter_of_a_broken_bit_is_named() -> None:
     verdict = proof({"pp=2": outcome(weight=math.nextafter(0.25, 1))}).judge(parse("pp=2"))
     assert verdict.broken_parameter == "w"

@@ -13,8 +13,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
 KEYS = ("train.seq_len=128", "train.global_batch_size=64", "train.num_steps=1000")
-# Decay of wsd is set to all four steps, whatever the warm-up.
-BROKEN_RUNS = {"llama3-8b-64xa100"}
 
 
 def of_model(path: Path, *keys: str) -> RunConfig:
@@ -55,19 +53,7 @@ def test_every_shipped_model(path: Path, dtype: str) -> None:
     assert expected <= texts
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            marks=[pytest.mark.xfail(strict=True, reason="wsd: warm-up and decay are longer than the four steps")]
-            if path.stem in BROKEN_RUNS
-            else [],
-            id=path.stem,
-        )
-        for path in RUNS
-    ],
-)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_can_be_proven_in_its_own_layout(path: Path) -> None:
     whole = load_config(path)
     small = shrink(whole, "float64")
@@ -82,7 +68,6 @@ def test_there_are_configs_to_shrink() -> None:
     assert len(MODELS) >= 9 and len(RUNS) >= 4
 
 
-LEFT_OUT = "the copy does not allow the config's own layout, which is then left out silently"
 # (model, keys, the own layout): rules that hold for the whole have to hold for the copy.
 OWN_LAYOUTS = {
     "as many stages as a proof runs": ("llama3-8b", ("parallel.pp=8",), "pp=8"),
@@ -97,10 +82,7 @@ OWN_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.xfail(strict=True, reason=LEFT_OUT)]) for case in OWN_LAYOUTS],
-)
+@pytest.mark.parametrize("case", OWN_LAYOUTS)
 def test_the_copy_allows_the_layout_of_the_whole(case: str) -> None:
     model, keys, text = OWN_LAYOUTS[case]
     config = of_model(CONFIGS / "models" / f"{model}.yaml", *keys)

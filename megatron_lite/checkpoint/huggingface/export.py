@@ -17,10 +17,10 @@ from megatron_lite.checkpoint.huggingface.reader import INDEX_FILE, SINGLE_FILE
 from megatron_lite.checkpoint.shard_reader import PartTable
 from megatron_lite.checkpoint.tensor_files import CheckpointError, PlannedTensor, TensorWriter
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.data.files import AtomicFile, DataError
 from megatron_lite.data.tokenizer import end_of_document_id, load_tokenizer, tokenizer_vocab_size
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterTable
+from megatron_lite.utils.files import AtomicFile, DataError
 
 MAX_SHARD_BYTES = 5_000_000_000
 
