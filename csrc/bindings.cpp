@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "accumulate/cpu.h"
 #include "block_squares/cpu.h"
 #include "rms_norm/cpu.h"
 #include "rotary/cpu.h"
@@ -204,6 +205,19 @@ Tensor block_squares_cpu(const Tensor& values, int64_t isa) {
   return sums;
 }
 
+void accumulate_cpu(Tensor& total, const Tensor& values_any, int64_t isa) {
+  const Tensor values = torch::stable::contiguous(values_any);
+  STD_TORCH_CHECK(total.is_contiguous() && total.scalar_type() == ScalarType::Float && total.numel() == values.numel(),
+                  "accumulate takes a contiguous fp32 total and as many values");
+  const auto& kernels = ML_KERNELS(accumulate, isa);
+  const ml::Format format = format_of(values);
+  float* total_data = static_cast<float*>(total.mutable_data_ptr());
+  const void* values_data = values.const_data_ptr();
+  torch::stable::parallel_for(0, total.numel(), kCpuNumbersPerTask, [&](int64_t begin, int64_t end) {
+    kernels.add(format, total_data, values_data, begin, end);
+  });
+}
+
 // ---- CUDA
 
 #ifdef ML_WITH_CUDA
@@ -251,6 +265,7 @@ STABLE_TORCH_LIBRARY(megatron_lite_cpu, m) {
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, int isa=-1) -> (Tensor dx, Tensor dweight)");
   m.def("swiglu(Tensor gate_up, int isa=-1) -> Tensor");
   m.def("swiglu_backward(Tensor d_out, Tensor gate_up, int isa=-1) -> Tensor");
+  m.def("accumulate(Tensor(a!) total, Tensor values, int isa=-1) -> ()");
   m.def("block_squares(Tensor values, int isa=-1) -> Tensor");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse, int isa=-1) -> Tensor");
 }
@@ -260,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_lite_cpu, CPU, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward_cpu));
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cpu));
+  m.impl("accumulate", TORCH_BOX(&accumulate_cpu));
   m.impl("block_squares", TORCH_BOX(&block_squares_cpu));
   m.impl("rotary", TORCH_BOX(&rotary_cpu));
 }

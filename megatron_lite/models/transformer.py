@@ -24,6 +24,7 @@ from megatron_lite.ops.linear import linear
 from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_lite.ops.rms_norm import rms_norm
 from megatron_lite.ops.rotary import rotary
+from megatron_lite.ops.split_projections import split_projections
 from megatron_lite.ops.swiglu import swiglu
 
 
@@ -109,8 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
         lead = (sequences.batch_size, sequences.seq_len)
-        projected = self.qkv(x_TH).split(self.qkv.split_sizes, dim=-1)
-        q_BSND, k_BSKD, v_BSKD = (part.view(*lead, -1, self.head_dim) for part in projected)
+        shapes = [(*lead, size // self.head_dim, self.head_dim) for size in self.qkv.split_sizes]
+        q_BSND, k_BSKD, v_BSKD = split_projections(self.qkv(x_TH), shapes)
         if sequences.rotary is not None:
             q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary)
         mixed_BSND = attention(q_BSND, k_BSKD, v_BSKD, documents=sequences.documents, backend=self.backend)

@@ -60,6 +60,7 @@ BACKENDS: Mapping[str, tuple[Backend, ...]] = {
     "rotary": (_NATIVE_CPU, _REFERENCE),
     "swiglu": (_NATIVE_CPU, _REFERENCE),
     "gelu": (_REFERENCE,),
+    "accumulate": (_NATIVE_CPU, _REFERENCE),
     "block_squares": (Backend("cpu", frozenset({torch.float32}), _CPU, native.missing_cpu), _REFERENCE),
 }
 

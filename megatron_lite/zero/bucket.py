@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lite.models.identity import ParameterSpec, Piece
+from megatron_lite.ops.accumulate import accumulate
 from megatron_lite.zero.partition import ALIGNMENT, BucketLayout, Interval, merge
 
 
@@ -56,6 +57,8 @@ class Bucket:
             self.master = shared_with.master
         elif param_dtype != grad_dtype:
             self.master = self.master.to(grad_dtype)
+        self._copied_first: list[str] = []  # parameters whose gradients a hook adds up
+        self._stale: set[str] = set()  # of these, those that hold the sum of an earlier step
         self.partial_sums: list[PartialSum] = []
         self.uncounted: list[Interval] = []
         self.undecayed: list[Interval] = []
@@ -71,12 +74,30 @@ class Bucket:
             parameter.grad = gradient  # autograd adds to it in place
             return
 
-        def accumulate(parameter: Tensor) -> None:
+        def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradient.add_(parameter.grad)
+            if name in self._stale:
+                gradient.copy_(parameter.grad)
+                self._stale.discard(name)
+            else:
+                accumulate(gradient, parameter.grad)
             parameter.grad = None
 
-        parameter.register_post_accumulate_grad_hook(accumulate)
+        self._copied_first.append(name)
+        parameter.register_post_accumulate_grad_hook(add)
+
+    def zero_gradients(self) -> None:
+        """Makes all gradients zero; where a hook adds them up, the first of a step is copied over what was there."""
+        if len(self._copied_first) < len(self.layout.slots):
+            self.gradients.zero_()
+        self._stale = set(self._copied_first)
+
+    def clear_stale_gradients(self) -> None:
+        """Zeroes what no gradient has come for since ``zero_gradients``."""
+        for slot in self.layout.slots:
+            if slot.name in self._stale:
+                self.gradients[slot.interval.start : slot.interval.stop] = 0
+        self._stale = set()
 
     def describe(self, specs: dict[str, ParameterSpec], tp: int, index: int, sequence_parallel: bool) -> None:
         """Reads from the identities which elements are partial sums, count in the norm, and decay."""

@@ -83,11 +83,12 @@ class ZeroEngine:
 
     def zero_gradients(self) -> None:
         for bucket in self.buckets.values():
-            bucket.gradients.zero_()
+            bucket.zero_gradients()
 
     def reduce_gradients(self) -> None:
         """Sums this rank's gradients over the axes on which they are partial; each region is then complete."""
         for bucket in self.buckets.values():
+            bucket.clear_stale_gradients()
             self._sum_over_tp(bucket)
         for bucket in self.buckets.values():
             self.sum_over_dp(bucket)

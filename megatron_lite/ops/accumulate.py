@@ -1,0 +1,26 @@
+"""Adds a gradient in a small dtype to its float32 sum, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_lite.ops import dispatch
+
+
+def accumulate(total: Tensor, values: Tensor) -> None:
+    """``total += values`` in place: float32 or float64 ``total``, ``values`` of its shape in any float dtype.
+
+    Not differentiable, and out of sight of torch.compile: it runs in hooks, behind autograd.
+    """
+    assert total.shape == values.shape, f"{tuple(total.shape)} and {tuple(values.shape)}"
+    uses_kernel = total.dtype == torch.float32 and total.is_contiguous() and values.dtype != torch.float64
+    if uses_kernel and dispatch.select("accumulate", "auto", values.dtype, values.device.type).backend == "cpu":
+        torch.ops.megatron_lite_cpu.accumulate(total, values)
+    else:
+        accumulate_reference(total, values)
+
+
+def accumulate_reference(total: Tensor, values: Tensor) -> None:
+    """The specification of ``accumulate``, in plain torch."""
+    total.add_(values)
