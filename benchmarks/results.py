@@ -12,10 +12,12 @@ from benchmarks.team import Measurement
 from benchmarks.workloads import Workload
 
 MIB = 2**20
-# Relative differences between contenders that are still one computation. fp32: the order of sums. bf16: every
-# contender rounds at other places (2**-8 a rounding), which averages out in the mean loss but less so in the norm.
+# Relative differences between contenders that are still one computation. fp32: the order of sums; and torch adds the
+# squares of a tensor in fp32, which by itself is off by 1e-4 to 1e-3 over millions of elements (W1: 7e-5 at the first
+# step, against the same gradients in float64). bf16: every contender rounds at other places (2**-8 a rounding), which
+# averages out in the mean loss but less so in the norm.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-NORM_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
+NORM_TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2}
 INITIAL_LOSS_TOLERANCE = 0.05  # of ln(vocabulary), for weights of standard deviation 0.02
 # Of the CPU seconds of a step (and 20 ms, for the pipe and the collector): more would slow whoever is being measured.
 IDLE_CPU_TOLERANCE = 0.02

@@ -35,7 +35,8 @@ class Mesh:
     """All axes of a layout, passed by keyword to whatever communicates.
 
     ``world`` spans every rank. ``pp_return`` has the ranks of ``pp``, and carries gradients back while ``pp`` carries
-    activations forward: on NCCL each direction is then one ordered stream, and neither waits for the other.
+    activations forward: on NCCL the operations of a group run in the order in which they were started, and a gradient
+    need not queue behind an activation.
     """
 
     layout: Layout

@@ -71,7 +71,7 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
     cut_stage(model, stage_layers, mesh.pp.index)
     if model.head is not None:
         # GPipe holds every microbatch's graph at once: the gradients of the head would be held as often.
-        model.head.saves_gradients = config.parallel.schedule != "gpipe" or mesh.pp.size == 1
+        model.head.saves_gradients = config.parallel.schedule != "gpipe"
     _materialise(model, table, mesh, precision, weights or _drawn_from(config.train.seed, precision.master))
 
     engine = ZeroEngine(

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_lite.data import DataError, IndexedReader, IndexedWriter
-from megatron_lite.data import files as files_module
 from megatron_lite.data.indexed import token_dtype
+from megatron_lite.utils import files as files_module
 
 STRUCT_LETTERS = {"uint8": "B", "int8": "b", "int16": "h", "int32": "i", "int64": "q", "uint16": "H"}
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}

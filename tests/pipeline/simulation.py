@@ -1,7 +1,7 @@
 """Executes the instruction lists of all stages on paper, and finds what is wrong with them.
 
-Sends never wait; a stage receives the tensors of a neighbour in the order in which they were sent, and has posted one
-receive ahead, as the inbox of the runner does.
+Sends never wait, and a stage receives the tensors of a neighbour in the order in which they were sent. What ordered
+streams do to the same lists is in test_ordered_streams.py.
 """
 
 from __future__ import annotations
