@@ -35,6 +35,21 @@ misuse() {
   exit 2
 }
 
+# The smallest text of which a fifth is a few samples of train.seq_len (256 tokens of some 4 bytes).
+least_bytes=16384
+# A hundredth is held out: little enough to evaluate on all of it.
+valid_percent=1
+
+# choose_valid_percent FILE...: of a small text as much more as makes 20 samples, and a fifth at most.
+choose_valid_percent() {
+  local wanted=$((20 * 256 * 4)) bytes
+  bytes=$(($(cat "$@" | wc -c)))
+  [ "$bytes" -ge "$least_bytes" ] ||
+    misuse "--text: $bytes bytes are too few to train and to evaluate on; give at least $least_bytes"
+  valid_percent=$(((wanted * 100 + bytes - 1) / bytes))
+  [ "$valid_percent" -le 20 ] || valid_percent=20
+}
+
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
 read_layout() {
@@ -84,6 +99,7 @@ while [ $# -gt 0 ]; do
         shift
       done
       [ ${#texts[@]} -gt 0 ] || misuse "--text: name at least one file"
+      choose_valid_percent "${texts[@]}"
       ;;
     -h | --help)
       usage
@@ -110,8 +126,8 @@ wanted=$("$venv/bin/python" --version; [ ${#texts[@]} -eq 0 ] || ls -ln "${texts
 if [ ! -f "$data/meta.json" ] || [ "$(cat "$data/made-from" 2>/dev/null)" != "$wanted" ]; then
   say "preparing the corpus in $data"
   rm -f "$data/made-from"
-  # A hundredth is held out: little enough to evaluate on all of it.
-  "$ml" data "${texts_or_stdlib[@]}" --out "$data" --vocab-size 4096 --valid-fraction 0.01
+  valid_fraction=$(printf '0.%02d' "$valid_percent")
+  "$ml" data "${texts_or_stdlib[@]}" --out "$data" --vocab-size 4096 --valid-fraction "$valid_fraction"
   echo "$wanted" >"$data/made-from"
 fi
 

@@ -96,21 +96,26 @@ def train(
     """
     from megatron_lite.distributed.launch import run_rank
 
-    arguments = (config, overrides or [], overwrite)
+    arguments = (config, overrides or [], overwrite, port)
     if nproc is None and "RANK" in os.environ:
         raise typer.Exit(run_rank(_train_here, arguments))
     with _errors_told(debug):
         if nproc is None:
             _train_here(*arguments)
         else:
-            raise typer.Exit(_train_in_processes(*arguments, nproc=nproc, port=port))
+            raise typer.Exit(_train_in_processes(*arguments, nproc=nproc))
 
 
-def _train_here(path: Path, overrides: list[str], overwrite: bool) -> None:
+def _train_here(path: Path, overrides: list[str], overwrite: bool, port: int | None) -> None:
     """This process as one rank of the world that a launcher made, or as the only one."""
     from megatron_lite.config import load_config
     from megatron_lite.distributed.rendezvous import discover
 
+    if port is not None:
+        raise ValueError(
+            f"--port is {port}, where the processes of --nproc would meet, and there is no --nproc; add it, or leave "
+            "--port out (torchrun takes --master-port)"
+        )
     place = discover(os.environ)
     config = load_config(path, overrides, world_size=place.world_size, files_exist=True)
 
@@ -121,13 +126,12 @@ def _train_here(path: Path, overrides: list[str], overwrite: bool) -> None:
         _show_report(result.folder)
 
 
-def _train_in_processes(path: Path, overrides: list[str], overwrite: bool, *, nproc: int, port: int | None) -> int:
+def _train_in_processes(path: Path, overrides: list[str], overwrite: bool, port: int | None, *, nproc: int) -> int:
     """Starts the processes, after everything that can be checked without them; returns the exit code."""
     from megatron_lite.config import load_config
     from megatron_lite.distributed.launch import launch_local
-    from megatron_lite.train.folder import refuse_other_run, run_folder
+    from megatron_lite.train.folder import make_log_folder, refuse_other_run, run_folder
     from megatron_lite.train.metrics import check_extras
-    from megatron_lite.utils import run_files
 
     if "RANK" in os.environ:
         raise ValueError(
@@ -147,7 +151,7 @@ def _train_in_processes(path: Path, overrides: list[str], overwrite: bool, *, np
         {"overwrite": overwrite},
         nproc=nproc,
         port=port,
-        log_dir=folder / run_files.LOGS,
+        log_dir=make_log_folder(folder),
         preload=(module,),
     )
     if exit_code == 0:

@@ -66,7 +66,7 @@ CONFIG_ERRORS: dict[str, tuple[int | None, list[str], list[str]]] = {
     "wrong type": (None, ["train.num_steps=many"], ["train.num_steps = many", "an integer >= 1"]),
     "no key=value": (None, ["parallel.tp"], ["must be key=value", "parallel.tp=value"]),
     "no such data": (None, ["data.train=nowhere/train"], ["nowhere/train.bin", "megatron-lite data"]),
-    "no such tokenizer": (None, ["data.tokenizer=nowhere.json"], ["data.tokenizer = nowhere.json", "must be a file"]),
+    "no such tokenizer": (None, ["data.tokenizer=nowhere"], ["data.tokenizer = nowhere", "a folder that holds one"]),
     "no such checkpoint": (None, ["init.from_hf=nowhere"], ["init.from_hf = nowhere", "does not exist"]),
     "no processes": (0, [], ["--nproc is 0", "at least 1"]),
 }  # fmt: skip

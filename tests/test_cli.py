@@ -81,7 +81,7 @@ def test_from_text_to_a_model_that_transformers_loads(tmp_path: Path) -> None:
     assert made.exit_code == 0, made.stderr
     assert "train with model.vocab_size=300" in made.stdout
     config = write_config(tmp_path, tmp_path / "data")
-    trained = command("train", config, "--nproc", 2, "parallel.tp=2", "train.log_interval=4")
+    trained = command("train", config, "--nproc", 2, "parallel.tp=2", "train.log_interval=4", "train.eval_batches=99")
     assert trained.returncode == 0, trained.stderr
     folder = tmp_path / "runs" / "tiny"
     lines = [line for line in trained.stdout.splitlines() if line.startswith("step ")]
@@ -172,6 +172,25 @@ def test_a_port_in_use_is_said_before_anything_starts(corpus: Path, tmp_path: Pa
     assert (
         done.stderr
         == f"error: port {port} is in use; choose another with --port, or leave it out: a free one is taken\n"
+    )
+
+
+def test_a_port_without_nproc_is_refused(corpus: Path, tmp_path: Path) -> None:
+    done = invoke("train", write_config(tmp_path, corpus), "--port", 29511)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: --port is 29511") and "there is no --nproc; add it" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_folder_that_cannot_be_made_is_one_message(corpus: Path, tmp_path: Path, nproc: int) -> None:
+    """Whoever notices: the process that launches the ranks, or the only one."""
+    (tmp_path / "runs").write_text("a file where the folder of the runs should be")
+    processes = ["--nproc", nproc] if nproc > 1 else []
+    done = invoke("train", write_config(tmp_path, corpus), *processes)
+    assert done.exit_code == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'runs' / 'tiny'}: cannot be written: Not a directory; choose another folder with run.dir\n"
     )
 
 

@@ -40,10 +40,17 @@ ENVIRONMENT = {
     "distributed/worker.py": "readies a worker before torch is used",
     "train/loop.py": "hands the environment to rendezvous before the world is made",
 }
-# Where something is divided by a number of targets, and why. One place, as the design wants it.
+# Where something is divided by a count, and why. For the loss one place, as the design wants it.
 NORMALISERS = {
     "train/step.py:_run": "the one place where a sum of token losses is divided by their number",
+    "models/families.py:_layer": "GPT-2 draws a projection into the residual smaller the more layers there are",
 }
+# What the name of a count has among its words, and the rooms that compute no loss.
+COUNTS = {
+    "batch", "count", "counts", "dp", "microbatches", "n", "num", "numel", "ranks", "samples", "sequences", "target",
+    "targets", "token", "tokens", "world",
+}  # fmt: skip
+LOSSLESS_ROOMS = {"cli", "report"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}
 MUTATORS = {"append", "add", "update", "extend", "insert", "pop", "popitem", "remove", "discard", "clear", "setdefault"}
@@ -133,9 +140,11 @@ def reads_the_environment(root: Path) -> list[str]:
 
 
 def normalises_the_loss_elsewhere(root: Path) -> list[str]:
-    """Divisions by a number of targets, mean reductions of a loss: all but the known ones. A known one must exist."""
+    """Divisions by a count, mean reductions of a loss: all but the known ones. A known one must exist."""
     found = set()
     for path, tree in package_files(root):
+        if room_of(path) in LOSSLESS_ROOMS:
+            continue
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             if any(_normalises(node) for node in ast.walk(function)):
                 found.add(f"{path}:{function.name}")
@@ -145,19 +154,27 @@ def normalises_the_loss_elsewhere(root: Path) -> list[str]:
 
 def _normalises(node: ast.AST) -> bool:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-        return "target" in ast.unparse(node.right)
+        return _counts(node.right)
     if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Div):
-        return "target" in ast.unparse(node.value)
+        return _counts(node.value)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        return isinstance(node.right, ast.UnaryOp) and isinstance(node.right.op, ast.USub) and _counts(node.left)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        divides = node.func.attr in ("div", "div_", "true_divide") and any(
-            "target" in ast.unparse(a) for a in node.args
-        )
+        divides = node.func.attr in ("div", "div_", "true_divide", "true_divide_") and any(map(_counts, node.args))
+        inverts = node.func.attr in ("reciprocal", "reciprocal_") and any(map(_counts, [node.func.value, *node.args]))
         averages = node.func.attr == "mean" and "loss" in ast.unparse(node.func.value)
         reduction = next((word.value for word in node.keywords if word.arg == "reduction"), None)
         is_mean = "cross_entropy" in node.func.attr and "linear" not in node.func.attr
         is_mean = is_mean and (reduction is None or ast.unparse(reduction) == "'mean'")
-        return divides or averages or is_mean
+        return divides or inverts or averages or is_mean
     return False
+
+
+def _counts(value: ast.expr) -> bool:
+    """Whether a name in the expression is that of a count: num_targets, batch.tokens, x.numel()."""
+    names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
+    names += [node.attr for node in ast.walk(value) if isinstance(node, ast.Attribute)]
+    return any(not COUNTS.isdisjoint(name.lower().split("_")) for name in names)
 
 
 def keeps_mutable_globals(root: Path) -> list[str]:
@@ -251,6 +268,16 @@ CONTROLS: list[tuple[Callable[[Path], list[str]], str, str, str]] = [
     (reads_the_environment, "megatron_lite/zero/a.py", "from os import getenv", "zero/a.py:1"),
     (reads_the_environment, "csrc/a/cpu.cpp", 'auto x = getenv("A");', "getenv"),
     (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, n_targets):\n    return x / n_targets", "a.py:f"),
+    (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, batch):\n    x /= batch.tokens.numel()", "a.py:f"),
+    (
+        normalises_the_loss_elsewhere,
+        "megatron_lite/a.py",
+        "def f(x, dp):\n    return x * (1 / dp.size)",
+        "a.py:f",
+    ),
+    (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, count):\n    return x * count**-1", "a.py:f"),
+    (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, n):\n    return x * n.reciprocal()", "a.py:f"),
+    (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, n):\n    return torch.div(x, n)", "a.py:f"),
     (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(loss):\n    return loss.mean()", "a.py:f"),
     (normalises_the_loss_elsewhere, "megatron_lite/a.py", "def f(x, y):\n    return F.cross_entropy(x, y)", "a.py:f"),
     (normalises_the_loss_elsewhere, "megatron_lite/a.py", "", "no longer"),

@@ -71,6 +71,41 @@ def test_misuse_of_the_quickstart(arguments: list[str], complaint: str) -> None:
     assert complaint in result.stderr
 
 
+PRETENDED_SETUP = """
+root=$PWD venv=$PWD/venv
+install() { :; }
+say() { :; }
+elapsed() { echo 0; }
+"""
+
+
+@pytest.mark.parametrize(("num_bytes", "fraction"), [(20_000, "0.20"), (500_000, "0.05"), (5_000_000, "0.01")])
+def test_the_quickstart_holds_out_enough_of_a_small_text(tmp_path: Path, num_bytes: int, fraction: str) -> None:
+    """With commands that only tell how they were called: 20 samples of 256 tokens take some 20 KB."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "setup.sh").write_text(PRETENDED_SETUP, encoding="utf-8")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "data" / "quickstart").mkdir(parents=True)
+    for name in ("python", "megatron-lite"):
+        program = tmp_path / "venv" / "bin" / name
+        program.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+        program.chmod(0o755)
+    (tmp_path / "one.txt").write_bytes(b"x" * (num_bytes // 2))
+    (tmp_path / "two.txt").write_bytes(b"x" * (num_bytes // 2))
+    result = bash("launch/quickstart.sh", "--text", "one.txt", "two.txt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (made,) = [line for line in result.stdout.splitlines() if line.startswith("data ")]
+    assert made.endswith(f"--valid-fraction {fraction}")
+
+
+def test_the_quickstart_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("a few words", encoding="utf-8")
+    result = bash("launch/quickstart.sh", "--text", str(tmp_path / "note.txt"))
+    assert result.returncode == USER_ERROR, result.stdout + result.stderr
+    assert "11 bytes are too few" in result.stderr and "at least 16384" in result.stderr
+
+
 def test_no_python_is_one_clear_message(tmp_path: Path) -> None:
     """In a fresh checkout on a machine whose Python is too old."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

@@ -9,6 +9,7 @@ import torch
 from megatron_lite.checkpoint.huggingface import export_huggingface
 from megatron_lite.checkpoint.tensor_files import CheckpointError
 from megatron_lite.checkpoint.weights import DESCRIPTION_FILE, iterate_weights, load_weights
+from megatron_lite.config.files import tokenizer_path
 from megatron_lite.config.load import load_config
 from megatron_lite.config.problems import ConfigError
 from megatron_lite.config.schema import ModelConfig
@@ -42,4 +43,4 @@ def _tokenizer_of(config_file: Path) -> Path | None:
         name = load_config(config_file).data.tokenizer
     except ConfigError:
         return None
-    return Path(name) if name is not None and Path(name).is_file() else None
+    return tokenizer_path(name) if name is not None and tokenizer_path(name).is_file() else None

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_lite.checkpoint.tensor_files import CheckpointError, TensorFiles, list_some
 from megatron_lite.models.identity import ParameterSpec, ParameterTable
 
+ROWS_AT_ONCE = 4096  # of two tables that are compared: some 100 MB of each, for the widest models
+
 
 @dataclass(frozen=True)
 class Part:
@@ -51,7 +53,8 @@ class ShardReader:
     copies: name of a tensor in the files -> name of another that must equal it (both uses of a tied table, where a
         checkpoint stores both).
 
-    Raises CheckpointError, at once for the whole model, where tensors are missing or have the wrong shape or dtype.
+    Raises CheckpointError, at once for the whole model, where tensors are missing or have the wrong shape or dtype, or
+    a copy differs: what one rank would refuse every rank does, before any of them waits for another.
     """
 
     def __init__(
@@ -62,8 +65,9 @@ class ShardReader:
         dtype: torch.dtype,
         copies: Mapping[str, str] | None = None,
     ) -> None:
-        self._files, self._parts, self._dtype, self._copies = files, parts, dtype, copies or {}
+        self._files, self._parts, self._dtype = files, parts, dtype
         self._check(table)
+        self._check_copies(copies or {})
 
     def _check(self, table: ParameterTable) -> None:
         missing, wrong = [], []
@@ -90,6 +94,24 @@ class ShardReader:
                 "copy or download the checkpoint again, or set the model section to its config"
             )
 
+    def _check_copies(self, copies: Mapping[str, str]) -> None:
+        for name, copy in copies.items():
+            if not self._are_equal(name, copy):
+                raise CheckpointError(
+                    f"{self._files.folder}: its config ties {copy} to {name}, and their values differ: set "
+                    "tie_word_embeddings to false in its config.json, and model.tie_embeddings=false"
+                )
+
+    def _are_equal(self, name: str, other: str) -> bool:
+        files, (rows, *_) = self._files, self._files.shape(name)
+        if files.shape(other) != files.shape(name) or files.dtype_name(other) != files.dtype_name(name):
+            return False
+        return all(
+            torch.equal(files.read(name, 0, start, stop), files.read(other, 0, start, stop))
+            for start in range(0, rows, ROWS_AT_ONCE)
+            for stop in (min(start + ROWS_AT_ONCE, rows),)
+        )
+
     def __call__(self, spec: ParameterSpec, tp: int, index: int) -> Tensor:
         """This rank's shard; rows that only pad are zero. A tied parameter has the values of its owner."""
         dim = spec.shard_dim or 0
@@ -106,12 +128,4 @@ class ShardReader:
     def _read(self, part: Part, dim: int, start: int, stop: int) -> Tensor:
         stored_dim = 1 - dim if part.is_transposed else dim
         values = self._files.read(part.name, stored_dim, start - part.start, stop - part.start)
-        copy = self._copies.get(part.name)
-        if copy is not None and not torch.equal(
-            values, self._files.read(copy, stored_dim, start - part.start, stop - part.start)
-        ):
-            raise CheckpointError(
-                f"{self._files.folder}: its config ties {copy} to {part.name}, and their values differ: set "
-                "tie_word_embeddings to false in its config.json, and model.tie_embeddings=false"
-            )
         return values.t() if part.is_transposed else values

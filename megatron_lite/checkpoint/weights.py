@@ -28,6 +28,7 @@ from megatron_lite.checkpoint.tensor_files import (
 )
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.distributed import collectives
+from megatron_lite.distributed.agreement import raise_together, together
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterSpec, ParameterTable, assemble
@@ -59,11 +60,11 @@ def save_weights(
     pending, here = PendingFolder(folder), set(names)
     own = [spec for spec in table if spec.name in here and spec.tied_to is None]
     try:
-        _together(mesh, pending.create if mesh.world.is_first else None)
+        _on_first(mesh, pending.create)
         error = _write_stage(pending.path, own, mesh, master, dtype)
-        _raise_together(mesh, error)
+        raise_together(error, mesh.world, CheckpointError)
         files = _files_of_stages(mesh, [spec.name for spec in own])
-        _together(mesh, (lambda: _finish(pending, model, files)) if mesh.world.is_first else None)
+        _on_first(mesh, lambda: _finish(pending, model, files))
     finally:
         if mesh.world.is_first:
             pending.discard()
@@ -151,22 +152,9 @@ def _finish(pending: PendingFolder, model: ModelConfig, files: dict[str, str]) -
     pending.publish()
 
 
-def _together(mesh: Mesh, action: Callable[[], None] | None) -> None:
-    """Runs the action where there is one; if it fails, every rank raises."""
-    error = None
-    if action is not None:
-        try:
-            action()
-        except ValueError as caught:
-            error = caught
-    _raise_together(mesh, error)
-
-
-def _raise_together(mesh: Mesh, error: Exception | None) -> None:
-    """Raises CheckpointError on all ranks if any of them has an error."""
-    messages = [text for text in collectives.gather_objects(str(error) if error else None, mesh.world) if text]
-    if messages:
-        raise CheckpointError("; ".join(dict.fromkeys(messages))) from error
+def _on_first(mesh: Mesh, action: Callable[[], None]) -> None:
+    """Runs the action on the first rank; if it fails there, every rank raises CheckpointError."""
+    together(action if mesh.world.is_first else lambda: None, mesh.world, CheckpointError)
 
 
 def _open(folder: Path) -> tuple[ModelConfig, TensorFiles]:

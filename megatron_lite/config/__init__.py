@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_lite.config.keys import KeyHelp, key_help
-from megatron_lite.config.load import check_files, load_config, to_yaml, with_world
+from megatron_lite.config.load import load_config, to_yaml, with_world
 from megatron_lite.config.problems import ConfigError, Problem
 from megatron_lite.config.schema import (
     DataConfig,
@@ -32,7 +32,6 @@ __all__ = [
     "RunConfig",
     "RunSettings",
     "TrainConfig",
-    "check_files",
     "key_help",
     "load_config",
     "to_yaml",

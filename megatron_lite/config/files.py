@@ -1,16 +1,27 @@
-"""Whether the files that a config names are there. Separate from the rules, which never look at the disk."""
+"""Which files a config means, and whether they are there. Separate from the rules, which never look at the disk."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lite.config.problems import ABSENT, Fix, Problem, override
 from megatron_lite.config.values import Unreadable, Values
 
-PAIR = (".bin", ".idx")
-"""The two files of a token data set."""
+
+def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """`PREFIX.bin` and `PREFIX.idx`; a prefix that already ends in .bin or .idx is understood too."""
+    name = os.fspath(prefix)
+    if name.endswith((".bin", ".idx")):
+        name = name[:-4]
+    return Path(f"{name}.bin"), Path(f"{name}.idx")
+
+
+def tokenizer_path(path: str | os.PathLike[str]) -> Path:
+    """The file of a tokenizer: `path` itself, or the tokenizer.json in it where it is a folder."""
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 
 def check_values(v: Values) -> list[Problem]:
@@ -46,7 +57,7 @@ def _valid_data(v: Values) -> Iterator[Problem]:
 
 def _pairs(key: str, prefixes: tuple[str, ...]) -> Iterator[Problem]:
     for position, prefix in enumerate(prefixes):
-        missing = [prefix + suffix for suffix in PAIR if not Path(prefix + suffix).is_file()]
+        missing = [str(path) for path in pair_paths(prefix) if not path.is_file()]
         if not missing:
             continue
         found = _near_prefix(prefix)
@@ -58,20 +69,17 @@ def _pairs(key: str, prefixes: tuple[str, ...]) -> Iterator[Problem]:
 
 
 def _near_prefix(prefix: str) -> str | None:
-    """A prefix whose pair is complete: the same without a suffix that was written by mistake, or a like name."""
-    stripped = prefix.removesuffix(PAIR[0]).removesuffix(PAIR[1])
-    near = (str(path)[: -len(PAIR[1])] for path in near_files(Path(prefix + PAIR[1]), "*" + PAIR[1]))
-    for candidate in (stripped, *near):
-        if all(Path(candidate + suffix).is_file() for suffix in PAIR):
-            return candidate
-    return None
+    """A prefix like this one whose pair is complete."""
+    near = (str(path.with_suffix("")) for path in near_files(pair_paths(prefix)[1], "*.idx"))
+    return next((candidate for candidate in near if all(path.is_file() for path in pair_paths(candidate))), None)
 
 
 def _tokenizer(v: Values) -> Iterator[Problem]:
     path, key = v["data.tokenizer"], "data.tokenizer"
-    if path is not None and not Path(path).is_file():
-        fixes = tuple((override(key, str(near)),) for near in near_files(Path(path), "*.json", limit=1))
-        yield Problem(key, path, "must be a file; there is none", "or leave the key out", fixes)
+    if path is not None and not (file := tokenizer_path(path)).is_file():
+        fixes = tuple((override(key, str(near)),) for near in near_files(file, "*.json", limit=1))
+        rule = f"must be a tokenizer.json or a folder that holds one; there is no {file}"
+        yield Problem(key, path, rule, "or leave the key out" if fixes else "name one, or leave the key out", fixes)
 
 
 def _checkpoint(v: Values) -> Iterator[Problem]:

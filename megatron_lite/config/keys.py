@@ -139,22 +139,45 @@ def takes_text_only(key: str) -> bool:
     return field is not None and takes(field, "text") and not any(takes(field, value) for value in (1, 1.5, True))
 
 
-def nearest_key(unknown: str) -> str | None:
-    """The key that a misspelt or misplaced one most likely stands for, or None."""
-    known = [*leaf_fields(), *section_names()]
+def suggestion(unknown: str) -> str:
+    """What to write in place of a misspelt or misplaced key, or what there is to choose from, as a sentence."""
+    near = _nearest_key(unknown)
+    if near is not None:
+        return f"did you mean {near}?"
+    section = _nearest_section(unknown.rpartition(".")[0])
+    if not section:
+        return "the sections are " + ", ".join(section_names())
+    return f"the keys are {', '.join(_keys_in(section).values())}"
+
+
+def _nearest_key(unknown: str) -> str | None:
+    """The section first, then the key inside it; a key of another section only where the name is all but its own."""
     section, _, leaf = unknown.rpartition(".")
-    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    siblings = _keys_in(_nearest_section(section))
+    if leaf in siblings:
+        return siblings[leaf]
+    same_leaf = [key for key in leaf_fields() if key.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:
         return same_leaf[0]
-    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
     close = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if close:
         return siblings[close[0]]
-    leaves = {key.rpartition(".")[2]: key for key in known}
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75) if not same_leaf else same_leaf[:1]
-    if close:
-        return leaves.get(close[0], close[0])
-    return next(iter(difflib.get_close_matches(unknown, known, n=1, cutoff=0.7)), None)
+    if same_leaf:
+        return same_leaf[0]
+    leaves = {key.rpartition(".")[2]: key for key in leaf_fields()}
+    return next((leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)), None)
+
+
+def _keys_in(section: str) -> dict[str, str]:
+    """Last part -> key, of all keys of a section; of the sections themselves for the empty name."""
+    known = leaf_fields() if section else section_names()
+    return {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+
+
+def _nearest_section(name: str) -> str:
+    """The section that a name most likely stands for, ``model.rope_scaling`` among them; empty if none is near."""
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in leaf_fields())
+    return next(iter(difflib.get_close_matches(name, sections, n=1, cutoff=0.6)), "")
 
 
 def nearest_value(field: FieldInfo, value: Any) -> tuple[Any, ...]:

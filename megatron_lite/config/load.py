@@ -12,9 +12,8 @@ from megatron_lite.config import files, rules
 from megatron_lite.config.keys import (
     describe,
     leaf_fields,
-    nearest_key,
     nearest_value,
-    section_names,
+    suggestion,
     with_article,
 )
 from megatron_lite.config.problems import ABSENT, ConfigError, Problem, override
@@ -68,11 +67,6 @@ def with_world(config: RunConfig, world_size: int) -> RunConfig:
     return _with_dp(config, values)
 
 
-def check_files(config: RunConfig) -> list[Problem]:
-    """What the config names and the disk does not have: token files, tokenizer, checkpoint. Empty if all is there."""
-    return files.check_values(values_of(config, world=None))
-
-
 def to_yaml(config: RunConfig) -> str:
     """The whole config, defaults included, as YAML that `load_config` reads back to an equal config."""
     return dump(config.model_dump())
@@ -89,13 +83,16 @@ def _with_dp(config: RunConfig, values: Values) -> RunConfig:
 def _validate(source: Source) -> tuple[RunConfig | None, list[Problem], set[str]]:
     """The config, or the problems with single keys and the keys that they make unreadable."""
     try:
-        return RunConfig.model_validate(source.tree), [], set()
+        config = RunConfig.model_validate(source.tree)
+        return (None if source.unreadable else config), [], set(source.unreadable)
     except ValidationError as error:
-        problems, invalid = [], set()
+        problems, invalid = [], set(source.unreadable)
         for item in error.errors(include_url=False):
             if item["type"] == "default_factory_not_called":
                 continue  # a default that follows from an invalid key, which has its own error
             key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])[1:]
+            if item["type"] == "missing" and key.partition(".")[0] in source.unreadable:
+                continue  # the file that cannot be read may hold it
             invalid.add(key)
             if item["type"] == "extra_forbidden":
                 problems.append(_unknown_key(key, item["input"]))
@@ -110,10 +107,7 @@ def _unknown_key(key: str, value: Any) -> Problem:
     derived = DERIVED.get(key.rpartition(".")[2])
     if derived is not None:
         return Problem(key, value, derived, "leave it out")
-    near = nearest_key(key)
-    siblings = [name for name in leaf_fields() if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    known = ", ".join(siblings or section_names())
-    return Problem(key, value, "is not a key", f"did you mean {near}?" if near else f"the keys are {known}")
+    return Problem(key, value, "is not a key", suggestion(key))
 
 
 def _missing_key(key: str, invalid: set[str]) -> list[Problem]:

@@ -50,9 +50,15 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def balanced_stages(num_layers: int, pp: int) -> list[int]:
-    """Layers of each stage, as even as possible, the larger ones first."""
-    return [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)]
+def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage, as even as can be; the first stages take the remainder, since the last has the head as well.
+
+    Raises ValueError where there are fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ValueError(f"{num_layers} layers cannot fill {num_stages} pipeline stages: use parallel.pp={num_layers}")
+    share, remainder = divmod(num_layers, num_stages)
+    return tuple(share + (stage < remainder) for stage in range(num_stages))
 
 
 def fixes(key: str, legal: Iterable[object]) -> tuple[Fix, ...]:
@@ -216,7 +222,7 @@ def stage_layers_add_up(v: Values) -> Iterator[Problem]:
     if sum(stages) != layers:
         broken.append(f"must add up to model.num_layers = {layers}, adds up to {sum(stages)}")
     if broken:
-        legal = [balanced_stages(layers, pp)]
+        legal = [list(even_stages(layers, pp))]
         yield Problem(key, list(stages), "; ".join(broken), "or leave it out for this split", fixes(key, legal))
 
 

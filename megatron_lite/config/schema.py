@@ -251,7 +251,7 @@ class DataConfig(Section):
         default=(), description="path prefixes of the .bin/.idx pairs to evaluate on, a list or one string"
     )
     tokenizer: str | None = Field(
-        default=None, min_length=1, description="Hugging Face tokenizers file (tokenizer.json) that made the tokens"
+        default=None, min_length=1, description="the tokenizer.json that made the tokens, or the folder that holds it"
     )
     shuffle: bool = Field(default=True, description="whether samples are permuted anew in each epoch, from train.seed")
     isolate_documents: bool = Field(
@@ -301,7 +301,7 @@ class KernelsConfig(Section):
         default="auto", description="implementation of RMSNorm; auto: the fastest that runs on the device"
     )
     attention: Literal["auto", "reference", "sdpa"] = Field(
-        default="auto", description="implementation of attention; auto: sdpa where it computes the same, else reference"
+        default="auto", description="implementation of attention; auto: sdpa, the fused attention of PyTorch"
     )
 
 

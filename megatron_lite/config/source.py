@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_lite.config.files import near_files
-from megatron_lite.config.keys import leaf_fields, nearest_key, section_names, takes_text_only
+from megatron_lite.config.keys import leaf_fields, section_names, suggestion, takes_text_only
 from megatron_lite.config.problems import ABSENT, ConfigError, Problem
 from megatron_lite.config.yaml_text import Document, parse
 
@@ -24,12 +24,14 @@ class Source:
     tree: section -> key -> value, as plain dicts.
     origins: dotted key -> ``file:line`` or ``command line``.
     problems: what was wrong with the text itself.
+    unreadable: sections whose file could not be read, so that what the user gave there is not known.
     name: what an error calls the whole.
     """
 
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
     name: str = ""
 
     def locate(self, problem: Problem) -> Problem:
@@ -44,7 +46,8 @@ class Source:
 def read_source(path: str | Path | None, overrides: Sequence[str]) -> Source:
     """Reads the file, puts the model file in its place, and applies the overrides.
 
-    Raises `ConfigError` where nothing more can be said: a file that is missing, unreadable or not YAML.
+    Raises `ConfigError` where nothing more can be said: the file is missing, unreadable or not YAML. A model file that
+    is so is one problem among others.
     """
     source = Source(name=str(path) if path is not None else COMMAND_LINE)
     if path is not None:
@@ -58,6 +61,8 @@ def read_source(path: str | Path | None, overrides: Sequence[str]) -> Source:
 
 def _read_run_file(source: Source, path: Path) -> None:
     document = _read_yaml(path)
+    if isinstance(document, Problem):
+        raise ConfigError([document], str(path))
     source.problems += _duplicates(document, path, "")
     if document.value is None:
         return
@@ -79,33 +84,38 @@ def _read_run_file(source: Source, path: Path) -> None:
 
 def _read_model_file(source: Source, path: Path, origin: str) -> None:
     document = _read_yaml(path, key="model", origin=origin)
+    if not isinstance(document, Problem) and not isinstance(document.value, dict):
+        document = _not_a_mapping(path, document.value)
+    if isinstance(document, Problem):
+        source.problems.append(document)
+        source.unreadable.add("model")
+        source.tree["model"] = {}
+        return
     source.problems += _duplicates(document, path, "model.")
-    if not isinstance(document.value, dict):
-        raise ConfigError([_not_a_mapping(path, document.value)], source.name)
+    source.unreadable.discard("model")
     source.tree["model"] = _text_keys(document.value)
     source.origins.update({f"model.{key}": f"{path}:{line}" for key, line in document.lines.items()})
 
 
-def _read_yaml(path: Path, *, key: str = "", origin: str = "") -> Document:
+def _read_yaml(path: Path, *, key: str = "", origin: str = "") -> Document | Problem:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = near_files(path, "*.y*ml") or near_files(path.with_suffix(".yaml"), "*.y*ml")
         remedy = "did you mean " + " or ".join(map(str, near)) + "?" if near else _what_is_there(path.parent)
-        problem = Problem(key or "config file", str(path), "there is no such file", remedy, origin=origin)
+        return Problem(key or "config file", str(path), "there is no such file", remedy, origin=origin)
     except IsADirectoryError:
-        problem = Problem(key or "config file", str(path), "is a folder", _what_is_there(path), origin=origin)
+        return Problem(key or "config file", str(path), "is a folder", _what_is_there(path), origin=origin)
     except (OSError, UnicodeDecodeError) as error:
-        problem = Problem(key or "config file", str(path), f"cannot be read: {error}", origin=origin)
+        return Problem(key or "config file", str(path), f"cannot be read: {error}", origin=origin)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         said = ", ".join(part for part in (error.context, error.problem) if part)
         remedy = "a tab cannot indent YAML; use spaces" if "\\t" in said else "check the indentation and quotes there"
-        problem = Problem("", ABSENT, f"is not YAML: {said}", remedy, origin=place)
+        return Problem("", ABSENT, f"is not YAML: {said}", remedy, origin=place)
     except yaml.YAMLError as error:
-        problem = Problem("", ABSENT, f"is not YAML: {error}", origin=str(path))
-    raise ConfigError([problem], str(path))
+        return Problem("", ABSENT, f"is not YAML: {error}", origin=str(path))
 
 
 def _what_is_there(folder: Path) -> str:
@@ -174,9 +184,7 @@ def _apply_override(source: Source, key: str, value: Any) -> None:
         return
     in_mapping = len(parts) == 2 or ".".join(parts[:2]) in leaf_fields()
     if len(parts) == 1 or parts[0] not in section_names() or not in_mapping or not all(parts):
-        near = nearest_key(key)
-        remedy = f"did you mean {near}?" if near else "the sections are " + ", ".join(section_names())
-        source.problems.append(Problem(key, value, "is not a key", remedy, origin=COMMAND_LINE))
+        source.problems.append(Problem(key, value, "is not a key", suggestion(key), origin=COMMAND_LINE))
         return
     inner = source.tree
     for part in parts[:-1]:

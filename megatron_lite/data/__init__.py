@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from megatron_lite.data.dataset import Sample, TokenDataset
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
-from megatron_lite.data.loader import IGNORE_INDEX, BatchLoader, Microbatch
+from megatron_lite.data.loader import BatchLoader, Microbatch
 from megatron_lite.data.order import SampleOrder, batch_indices
 from megatron_lite.utils.files import DataError
 
 __all__ = [
-    "IGNORE_INDEX",
     "BatchLoader",
     "DataError",
     "IndexedReader",

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lite.config.files import pair_paths
 from megatron_lite.utils.files import AtomicFile, DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -59,14 +60,6 @@ def _code_of(dtype: np.dtype[Any]) -> int:
         if known == dtype:
             return code
     raise DataError(f"dtype {dtype} cannot be stored in a .bin file; use one of {[str(d) for d in DTYPES.values()]}")
-
-
-def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """`PREFIX.bin` and `PREFIX.idx`; a prefix that already ends in .bin or .idx is understood too."""
-    name = os.fspath(prefix)
-    if name.endswith((".bin", ".idx")):
-        name = name[:-4]
-    return Path(f"{name}.bin"), Path(f"{name}.idx")
 
 
 class IndexedWriter:

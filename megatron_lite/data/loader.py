@@ -11,9 +11,7 @@ import torch
 
 from megatron_lite.data.dataset import Sample, TokenDataset
 from megatron_lite.data.order import SampleOrder, batch_indices
-
-IGNORE_INDEX = -100
-"""The target that a loss leaves out, as in torch.nn.functional.cross_entropy."""
+from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class Microbatch:
     """What one forward pass reads: tokens int64 [B, S] and targets int64 [B, S], the token that follows each.
 
     documents int32 [B, S] and positions int64 [B, S] are None unless documents are isolated. Targets of
-    `IGNORE_INDEX` do not count.
+    `IGNORED_TARGET` do not count.
     """
 
     tokens: torch.Tensor
@@ -32,7 +30,7 @@ class Microbatch:
     @property
     def num_targets(self) -> int:
         """Targets that count, in this microbatch alone."""
-        return int((self.targets != IGNORE_INDEX).sum())
+        return int((self.targets != IGNORED_TARGET).sum())
 
 
 class BatchLoader:
@@ -106,7 +104,7 @@ class BatchLoader:
         """This rank's microbatches of the first `num` global batches in the order of the file, each sample once.
 
         Where the dataset ends before the last batch is full, fillers take the missing places, so that every rank
-        runs the same microbatches; all targets of a filler are `IGNORE_INDEX`.
+        runs the same microbatches; all targets of a filler are `IGNORED_TARGET`.
         """
         for step in range(self.num_eval_batches(num)):
             yield [self._microbatch(places) for places in self._indices(step)]
@@ -128,11 +126,12 @@ class BatchLoader:
         last = len(self.dataset) - 1
         samples = [self.dataset.sample(min(index, last)) for index in indices]
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-        # Contiguous: a view of [B, S + 1] would make every consumer that flattens it copy.
-        targets = tokens[:, 1:].contiguous()
+        # Contiguous: a view of [B, S + 1] would make every consumer that flattens it copy. The targets are a copy even
+        # where one row is contiguous as it is, for fillers are written into them.
+        targets = tokens[:, 1:].clone(memory_format=torch.contiguous_format)
         for row, index in enumerate(indices):
             if index > last:
-                targets[row] = IGNORE_INDEX
+                targets[row] = IGNORED_TARGET
         documents, positions = _stack_documents(samples)
         return Microbatch(tokens[:, :-1].contiguous(), targets, documents, positions)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_lite.config.files import tokenizer_path
 from megatron_lite.utils.files import AtomicFile, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -56,9 +56,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         DataError: no such file, or not a tokenizer.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
+    file = tokenizer_path(path)
     if not file.is_file():
         raise DataError(
             f"{file}: no such tokenizer; train one with `megatron-lite data`, or name the tokenizer.json (or its "

@@ -94,13 +94,6 @@ def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(tensor, axis).wait()
 
 
-def broadcast(tensor: Tensor, axis: Axis, source_index: int = 0) -> Tensor:
-    """Copies the tensor of the rank at ``source_index`` of the axis into ``tensor`` on all, and returns it."""
-    if axis.size > 1:
-        dist.broadcast(tensor, src=axis.ranks[source_index], group=axis.group)
-    return tensor
-
-
 def gather_objects(value: Any, axis: Axis) -> list[Any]:
     """Every rank's ``value``, in order of the axis, on every rank. For small things that are no tensors."""
     if axis.size == 1:

@@ -1,6 +1,6 @@
 """Start the ranks of one host from one command, through torchrun's agent, and end them together.
 
-    exit_code = launch_local("megatron_lite.train.loop:main", (config,), nproc=8)
+    exit_code = launch_local("megatron_lite.train.loop:run", (config,), nproc=8)
 
 Every rank calls the function with torchrun's variables in its environment, so code that joins a world under torchrun
 joins this one. The ranks are forked from a process that has imported torch once. Rank 0 has the terminal; the others

@@ -50,10 +50,6 @@ class Mesh:
     pp_return: Axis
     world: Axis
 
-    def axis(self, name: str) -> Axis:
-        axis: Axis = getattr(self, name)
-        return axis
-
 
 def build_mesh(layout: Layout, *, device: torch.device) -> Mesh:
     """Builds the mesh of ``layout`` over the default process group, which must have ``layout.world_size`` ranks.

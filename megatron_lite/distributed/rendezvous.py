@@ -101,7 +101,8 @@ def discover(environ: Mapping[str, str], *, num_cuda_devices: int = 0) -> Rendez
 def init_process_group(rendezvous: Rendezvous, timeout_s: float) -> None:
     """Initialise the default process group; `timeout_s` bounds this call and every later collective.
 
-    Raises RendezvousError, with the remedy, if the ranks do not meet.
+    Raises RendezvousError, with the remedy, if the ranks do not meet, or on every rank if they compute on different
+    kinds of device.
     """
     timeout = timedelta(seconds=timeout_s)
     if rendezvous.device.type == "cuda":
@@ -117,9 +118,11 @@ def init_process_group(rendezvous: Rendezvous, timeout_s: float) -> None:
             is_master=rendezvous.rank == 0 and not rendezvous.store_is_served,
             timeout=timeout,
         )
+        attempt_store = dist.PrefixStore(f"attempt-{rendezvous.attempt}", store)
+        _check_devices(rendezvous, attempt_store)
         dist.init_process_group(
             rendezvous.backend,
-            store=dist.PrefixStore(f"attempt-{rendezvous.attempt}", store),
+            store=attempt_store,
             rank=rendezvous.rank,
             world_size=rendezvous.world_size,
             timeout=timeout,
@@ -127,6 +130,19 @@ def init_process_group(rendezvous: Rendezvous, timeout_s: float) -> None:
         )
     except (RuntimeError, TimeoutError) as error:  # torch's own DistError types are RuntimeErrors
         raise RendezvousError(_explain(rendezvous, timeout_s, error)) from error
+
+
+def _check_devices(rendezvous: Rendezvous, store: dist.Store) -> None:
+    """Each rank looks only at its own host: on a mixed cluster some would wait on gloo for others that are on NCCL."""
+    store.set(f"device/{rendezvous.rank}", rendezvous.device.type)
+    answers = store.multi_get([f"device/{rank}" for rank in range(rendezvous.world_size)])
+    kinds = [answer.decode() for answer in answers]
+    other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is not None:
+        raise RendezvousError(
+            f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}; start the ranks on hosts that have a "
+            "GPU for each of them, or set run.device=cpu"
+        )
 
 
 @contextlib.contextmanager

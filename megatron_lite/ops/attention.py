@@ -42,6 +42,9 @@ def visible(documents: Tensor | None, causal: bool, num_tokens: int, device: tor
 
 def _attention_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, causal: bool) -> Tensor:
     mask = None if documents is None else visible(documents, causal, q.shape[1], q.device)
+    if mask is not None and q.is_cuda and q.shape[2] != k.shape[2]:
+        # With a mask and grouped heads CUDA has only a kernel that holds all S x S scores; repeated heads have another.
+        k, v = (heads.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for heads in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

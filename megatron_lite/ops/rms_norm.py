@@ -29,7 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     """
     assert x.shape[-1:] == weight.shape, f"x[..., D] and weight[D], not {tuple(x.shape)} and {tuple(weight.shape)}"
     choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type)
-    if choice.backend == "reference":
+    chosen_triton = backend == "auto" and choice.backend == "triton"
+    is_too_wide = chosen_triton and weight.numel() > native.triton_kernels("rms_norm").MAX_DIM
+    if choice.backend == "reference" or is_too_wide:
         return rms_norm_reference(x, weight, eps)
     return getattr(torch.ops.megatron_lite, f"rms_norm_{choice.backend}")(x, weight, eps)[0]
 

@@ -6,18 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from megatron_lite.config.rules import even_stages as even_stages
 from megatron_lite.models.transformer import Transformer
-
-
-def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage, as even as can be; the first stages take the remainder, since the last has the head as well.
-
-    Raises ValueError where there are fewer layers than stages.
-    """
-    if num_layers < num_stages:
-        raise ValueError(f"{num_layers} layers cannot fill {num_stages} pipeline stages: use parallel.pp={num_layers}")
-    share, remainder = divmod(num_layers, num_stages)
-    return tuple(share + (stage < remainder) for stage in range(num_stages))
 
 
 def layers_of_stage(stage_layers: Sequence[int], stage: int) -> range:

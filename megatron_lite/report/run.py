@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config import RunConfig, load_config
-from megatron_lite.data.prepare import read_summary
+from megatron_lite.data.prepare import CorpusSummary, read_summary
 from megatron_lite.utils import run_files
 from megatron_lite.utils.files import DataError
 
@@ -59,16 +59,35 @@ def read_run(folder: Path) -> Run:
     return Run(folder, load_config(folder / run_files.CONFIG), tuple(records))
 
 
+def evaluated_share(run: Run) -> float | None:
+    """The part of the validation tokens that an evaluation predicts; None if their number is not known."""
+    summary, train = _corpus_of_validation(run), run.config.train
+    if summary is None or summary.valid is None or not summary.valid.tokens:
+        return None
+    samples = min(train.eval_batches * train.global_batch_size, (summary.valid.tokens - 1) // train.seq_len)
+    return samples * train.seq_len / summary.valid.tokens
+
+
 def compressed_bits_per_byte(run: Run) -> float | None:
     """Bits that ``xz -9`` needs for a byte of the run's validation text; None if it is not there, or too large."""
+    summary = _corpus_of_validation(run)
+    if summary is None or summary.valid_text is None:
+        return None
+    text = Path(summary.valid_text)
+    try:
+        content = text.read_bytes() if text.stat().st_size <= MAX_COMPRESSED_BYTES else b""
+    except OSError:
+        return None
+    return 8 * len(lzma.compress(content, preset=9)) / len(content) if content else None
+
+
+def _corpus_of_validation(run: Run) -> CorpusSummary | None:
+    """None unless the run was evaluated on the validation files of one corpus, whose summary is there."""
     if len(run.config.data.valid) != 1:
         return None
+    prefix = Path(run.config.data.valid[0])
     try:
-        summary = read_summary(Path(run.config.data.valid[0]).parent)
-        text = None if summary.valid_text is None else Path(summary.valid_text)
-        if text is None or not 0 < text.stat().st_size <= MAX_COMPRESSED_BYTES:
-            return None
-        content = text.read_bytes()
-    except (DataError, OSError):
+        summary = read_summary(prefix.parent)
+    except DataError:
         return None
-    return 8 * len(lzma.compress(content, preset=9)) / len(content)
+    return summary if summary.valid is not None and Path(summary.valid.prefix).name == prefix.name else None

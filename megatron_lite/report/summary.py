@@ -8,11 +8,13 @@ from statistics import mean, median
 from rich.table import Table
 
 from megatron_lite.report.chart import Line, Panel, draw
-from megatron_lite.report.run import ReportError, Run, compressed_bits_per_byte
+from megatron_lite.report.run import ReportError, Run, compressed_bits_per_byte, evaluated_share
 from megatron_lite.utils import run_files
 
 # The loss of one batch is noisy: a run ends at the mean over this share of its steps.
 ENDING_SHARE = 0.03
+# Samples are whole: the last tokens of a text are in none.
+NEARLY_ALL = 0.95
 
 
 def summary_table(run: Run) -> Table:
@@ -31,9 +33,7 @@ def summary_table(run: Run) -> Table:
         table.add_row("validation loss", " -> ".join(f"{loss:.4f}" for _, loss in _ends(validation)))
     bits = run.series("valid_bits_per_byte")
     if bits:
-        xz = compressed_bits_per_byte(run)
-        beside = "" if xz is None else f"   (xz -9 on the same text: {xz:.3f})"
-        table.add_row("bits per byte", f"{bits[-1][1]:.3f}{beside}")
+        table.add_row("bits per byte", f"{bits[-1][1]:.3f}{_on_what(run)}")
     # The first steps warm up caches and allocators.
     steady = run.records[len(run.records) // 10 :]
     speed, mfu = (median(record[key] for record in steady) for key in ("tokens_per_s", "mfu"))
@@ -58,6 +58,15 @@ def write_picture(run: Run) -> Path:
     except OSError as error:
         raise ReportError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def _on_what(run: Run) -> str:
+    """What the bits per byte are of, and those of a compressor, which has to have been given the same text."""
+    share = evaluated_share(run)
+    if share is not None and share < NEARLY_ALL:
+        return f"   (on the first {share:.0%} of the validation text; train.eval_batches sets how much)"
+    xz = None if share is None else compressed_bits_per_byte(run)
+    return "" if xz is None else f"   (xz -9 on the same text: {xz:.3f})"
 
 
 def _ends(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

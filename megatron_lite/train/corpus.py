@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from megatron_lite.config.files import pair_paths
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import BatchLoader, DataError, SampleOrder, TokenDataset
 from megatron_lite.data.prepare import read_summary
@@ -71,12 +71,13 @@ def check_tokenizer(config: RunConfig) -> None:
 def tokens_per_byte(prefixes: Sequence[str]) -> float | None:
     """Tokens for each byte of the text behind the token files; None unless the text of every one of them is known."""
     num_tokens, text_bytes = 0, 0
-    for prefix in map(Path, prefixes):
+    for bin_path in (pair_paths(prefix)[0] for prefix in prefixes):
         try:
-            summary = read_summary(prefix.parent)
+            summary = read_summary(bin_path.parent)
         except DataError:
             return None
-        split = next((s for s in (summary.train, summary.valid) if s and Path(s.prefix).name == prefix.name), None)
+        splits = [split for split in (summary.train, summary.valid) if split is not None]
+        split = next((split for split in splits if pair_paths(split.prefix)[0].name == bin_path.name), None)
         if split is None:
             return None
         num_tokens, text_bytes = num_tokens + split.tokens, text_bytes + split.text_bytes

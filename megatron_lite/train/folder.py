@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,8 @@ from megatron_lite.utils import run_files
 if TYPE_CHECKING:  # it imports torch, which a launcher that only looks at the folder does not need
     from megatron_lite.train.utilisation import Peak
 
-# What a run writes, beside the output of its ranks, which the launcher opens before any of them starts.
+# What a run writes, beside the output of its ranks, which the launcher opens before any of them starts. The metrics
+# are the first to be removed and to be made: where they are empty, the rest is of a run that took no step.
 _OUTPUTS = (
     run_files.METRICS,
     run_files.CONFIG,
@@ -36,13 +39,26 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def refuse_other_run(folder: Path) -> None:
-    """Raises RunFolderError if the folder holds the metrics of a run. A run that took no step left nothing to keep."""
+    """Raises RunFolderError if the folder holds anything that a run would replace.
+
+    A run that took no step left nothing to keep: its metrics are there, and empty. Weights are always kept.
+    """
     metrics = folder / run_files.METRICS
-    if metrics.is_file() and metrics.stat().st_size > 0:
+    took_no_step = metrics.is_file() and metrics.stat().st_size == 0
+    kept = [name for name in ((run_files.WEIGHTS,) if took_no_step else _OUTPUTS) if (folder / name).exists()]
+    if kept:
         raise RunFolderError(
-            f"{folder}: holds a run already ({run_files.METRICS} is there); add --overwrite to replace it, "
+            f"{folder}: holds a run already ({kept[0]} is there); add --overwrite to replace it, "
             "or run.name=ANOTHER to keep it"
         )
+
+
+def make_log_folder(folder: Path) -> Path:
+    """Where the ranks of the run in ``folder`` print to. Raises RunFolderError if it cannot be made."""
+    logs = folder / run_files.LOGS
+    with _errors_of(folder):
+        logs.mkdir(parents=True, exist_ok=True)
+    return logs
 
 
 def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
@@ -53,7 +69,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
     folder = run_folder(config)
     if not overwrite:
         refuse_other_run(folder)
-    try:
+    with _errors_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in _OUTPUTS:
             path = folder / name
@@ -61,12 +77,19 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        (folder / run_files.METRICS).touch()
         (folder / run_files.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    return folder
+
+
+@contextlib.contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunFolderError(
             f"{folder}: cannot be written: {error.strerror}; choose another folder with run.dir"
         ) from error
-    return folder
 
 
 def write_utilisation(folder: Path, peak: Peak, flops_per_token: float, num_processes: int) -> None:

@@ -9,11 +9,11 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from megatron_lite.checkpoint.weights import save_weights
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import BatchLoader, Microbatch
 from megatron_lite.distributed import collectives
+from megatron_lite.distributed.agreement import together
 from megatron_lite.distributed.mesh import Mesh, build_mesh
 from megatron_lite.distributed.rendezvous import discover, world
 from megatron_lite.models.families import parameter_table
@@ -36,8 +37,6 @@ from megatron_lite.train.progress import ConsoleSink
 from megatron_lite.train.step import StepResult, evaluate, train_step
 from megatron_lite.train.utilisation import find_peak, model_flops_per_token
 from megatron_lite.utils import run_files
-
-T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -83,30 +82,17 @@ def train(config: RunConfig, *, mesh: Mesh, overwrite: bool = False) -> TrainRes
     Raises RunError on every rank for data or weights that cannot be used, a folder that holds another run, a missing
     package; DivergedError on every rank; MetricsError on the rank that writes, where the disk is full.
     """
-    corpus = together(mesh, lambda: open_corpus(config, mesh))
+    corpus = together(lambda: open_corpus(config, mesh), mesh.world, RunError)
     try:
-        together(mesh, lambda: _prepare(config, mesh, overwrite))
-        training = build(config, mesh=mesh, weights=together(mesh, lambda: initial_weights(config)))
+        together(lambda: _prepare(config, mesh, overwrite), mesh.world, RunError)
+        weights = together(lambda: initial_weights(config), mesh.world, RunError)
+        training = build(config, mesh=mesh, weights=weights)
         first, last = _train_steps(training, corpus)
         if config.run.save_weights:
             save(training, run_folder(config) / run_files.WEIGHTS)
     finally:
         corpus.close()
     return TrainResult(run_folder(config), first, last)
-
-
-def together(mesh: Mesh, action: Callable[[], T]) -> T:
-    """What the action returns. If it fails on any rank with an error of the user's, every rank raises RunError."""
-    result, error = None, None
-    try:
-        result = action()
-    except (ValueError, OSError) as caught:
-        error = caught
-    messages = collectives.gather_objects(None if error is None else str(error), mesh.world)
-    first = next((message for message in messages if message is not None), None)
-    if first is not None:
-        raise RunError(first) from error
-    return result  # type: ignore[return-value]  # without an error it is what the action returned
 
 
 def initial_weights(config: RunConfig) -> WeightSource | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -14,9 +13,7 @@ from typing import Any, Protocol
 
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.utils import run_files
-
-# EFBIG is what a file-size limit (ulimit -f) gives; for the user it is the same story as a full disk.
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+from megatron_lite.utils.files import NO_SPACE
 
 
 class MetricsError(ValueError):

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO
 
 # EFBIG is what a file-size limit (ulimit -f) gives; for the user it is the same story as a full disk.
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class DataError(ValueError):
@@ -93,7 +93,7 @@ class AtomicFile:
             self.abort()
 
     def _explain(self, error: OSError, size: int) -> DataError:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             with suppress(OSError):
                 free = f", {shutil.disk_usage(self.path.parent).free:,} bytes are free there"
                 return DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.distributed.worker_pool import WorkerPool
@@ -37,10 +37,13 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
     console.print(_what_is_proven(given, config, len(layouts), without), highlight=False, soft_wrap=True)
     if wanted == "default" and (sentence := _own_layout_missing(given, layouts)):
         console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
-    with WorkerPool(max(layout.world_size for layout in layouts), preload=("megatron_lite.verify.trial",)) as pool:
+    with (
+        WorkerPool(max(layout.world_size for layout in layouts), preload=("megatron_lite.verify.trial",)) as pool,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("proving", total=len(layouts))
         proof = Proof(config, dtype, pool, without)
-        shown = track(layouts, description="proving", console=console, transient=True, disable=not console.is_terminal)
-        verdicts = [proof.judge(layout) for layout in shown]
+        verdicts = proof.run(layouts, on_verdict=lambda _: progress.advance(task))
     console.print(verdict_table(verdicts, dtype))
     for line in complaints(verdicts):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)

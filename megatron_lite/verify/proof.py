@@ -149,6 +149,7 @@ class Proof:
         )
 
     def run(self, layouts: list[ProofLayout], on_verdict: Callable[[Verdict], None] = lambda _: None) -> list[Verdict]:
+        """Judges each layout; ``on_verdict`` is told of each as it comes."""
         verdicts = []
         for layout in layouts:
             verdicts.append(self.judge(layout))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_lite.checkpoint import shard_reader
 from megatron_lite.checkpoint.huggingface import config_from_hf, export_huggingface, huggingface_weights
 from megatron_lite.checkpoint.huggingface import export as export_module
 from megatron_lite.checkpoint.shard_reader import ShardReader
@@ -189,7 +190,12 @@ def test_half_precision_goes_through_float32_and_back(
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_a_stored_copy_of_a_tied_head_must_be_a_copy(editable: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("rows_at_once", [7, 4096])
+def test_a_stored_copy_of_a_tied_head_must_be_a_copy(
+    editable: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    """Refused before the first shard is read: a rank that reads no embedding has to refuse it as well."""
+    monkeypatch.setattr(shard_reader, "ROWS_AT_ONCE", rows_at_once)
     copy = editable("llama-tied")
     copy.tensors["lm_head.weight"] = copy.tensors["model.embed_tokens.weight"].clone()
     copy.save()
@@ -197,7 +203,7 @@ def test_a_stored_copy_of_a_tied_head_must_be_a_copy(editable: Callable[[str], A
     copy.tensors["lm_head.weight"][-1, -1] += 1
     copy.save()
     with pytest.raises(CheckpointError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
-        wholes(copy.folder)
+        reader(copy.folder)
 
 
 @pytest.mark.parametrize("name", NAMES)

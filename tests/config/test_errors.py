@@ -232,6 +232,10 @@ def test_rules_that_rest_on_an_invalid_value_are_silent(good: Path) -> None:
         ("modle.num_layers=1", "model.num_layers"),
         ("model.rope_scaling.typ=linear", "model.rope_scaling.type"),
         ("train.global_batch=1", "train.global_batch_size"),
+        ("trian.steps=3", "train.num_steps"),
+        ("modle.hidden=1", "model.hidden_size"),
+        ("modle.rope_scalling.factr=2", "model.rope_scaling.factor"),
+        ("optm.eps=1", "optim.eps"),
     ],
 )
 def test_unknown_key_suggestion(good: Path, override: str, near: str) -> None:
@@ -241,8 +245,11 @@ def test_unknown_key_suggestion(good: Path, override: str, near: str) -> None:
 
 
 def test_a_key_like_no_other_lists_the_keys(good: Path) -> None:
-    (problem,) = problems_of(good, ["parallel.zzzzzz=2"])
-    assert "parallel.tp" in problem.advice
+    for section in ("parallel", "paralel"):
+        (problem,) = problems_of(good, [f"{section}.zzzzzz=2"])
+        assert problem.advice.startswith("the keys are parallel.tp, ") and "train." not in problem.advice
+    (problem,) = problems_of(good, ["zzzzzz.zzzzzz=2"])
+    assert problem.advice.startswith("the sections are model, ")
 
 
 def test_num_microbatches_is_explained(good: Path) -> None:
@@ -273,13 +280,38 @@ def test_missing_file_names_its_neighbours(good: Path) -> None:
     assert "does not exist" in problem.advice
 
 
+@pytest.mark.parametrize("content", [None, "- 1\n", "", "a: [1\n"], ids=["missing", "a list", "empty", "not YAML"])
+def test_a_model_file_that_cannot_be_read_hides_nothing_else(tmp_path: Path, content: str | None) -> None:
+    model, run = tmp_path / "model.yaml", tmp_path / "run.yaml"
+    if content is not None:
+        model.write_text(content, encoding="utf-8")
+    train = GOOD.splitlines()[1].replace("seq_len: 32", "seq_len: 0")
+    run.write_text(f"model: model.yaml\n{train}\noptim: {{min_lr: 1}}\n", encoding="utf-8")
+    found = problems_of(run, ["parallel.tp=3", "model.num_layerz=4", "model.num_heads=-1", "modle.x=1"])
+    assert "model.yaml" in str(found[0])
+    assert [problem.key for problem in found[1:]] == [
+        "modle.x", "model.num_heads", "model.num_layerz", "train.seq_len", "optim.min_lr",
+    ]  # fmt: skip
+    # and one that can be read in its place: what it holds is judged as well, and parallel.tp with it
+    model.write_text(dump(parse(GOOD).value["model"]), encoding="utf-8")
+    assert [problem.key for problem in problems_of(run, ["parallel.tp=3"])] == [
+        "train.seq_len", "parallel.tp", "optim.min_lr",
+    ]  # fmt: skip
+
+
 def test_files_are_looked_for_when_asked(good: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"tokens{suffix}").touch()
     here, absent = f"data.train={tmp_path}/tokens", f"data.train={tmp_path}/tokenz"
-    load_config(good, [here], files_exist=True)
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "empty").mkdir()
+    for prefix in (here, here + ".bin", here + ".idx"):
+        for tokenizer in (tmp_path, tmp_path / "tokenizer.json"):
+            load_config(good, [prefix, f"data.tokenizer={tokenizer}"], files_exist=True)
     load_config(good, [absent])
-    for bad in (absent, here + ".bin"):
+    with pytest.raises(ConfigError, match=r"or a folder that holds one; there is no .*empty.tokenizer\.json"):
+        load_config(good, [here, f"data.tokenizer={tmp_path}/empty"], files_exist=True)
+    for bad in (absent, absent + ".bin"):
         with pytest.raises(ConfigError) as caught:
             load_config(good, [bad, f"init.from_hf={tmp_path}/hf", f"data.tokenizer={tmp_path}/t"], files_exist=True)
         keys = {problem.key: problem for problem in caught.value.problems}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron_lite.data import (
-    IGNORE_INDEX,
     BatchLoader,
     DataError,
     IndexedWriter,
@@ -18,6 +17,7 @@ from megatron_lite.data import (
     SampleOrder,
     TokenDataset,
 )
+from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
 
 SEQ_LEN = 4
 LAYOUTS = [(dp, micro) for dp in (1, 2, 3, 4) for micro in (1, 2, 3, 4) if 12 % (dp * micro) == 0]
@@ -112,12 +112,22 @@ def test_evaluation_reads_each_sample_once_in_order(prefix: Path, dp: int, micro
         batches = [evaluation[number] for evaluation in evaluations]
         assert {len(batch) for batch in batches} == {ranks[0].num_microbatches}
         tokens, targets = joined(batches), joined(batches, "targets")
-        real = targets[:, 0] != IGNORE_INDEX
+        real = targets[:, 0] != IGNORED_TARGET
         assert torch.equal(targets[real], tokens[real] + 1)
-        assert (targets[~real] == IGNORE_INDEX).all()
-        assert int((targets != IGNORE_INDEX).sum()) == ranks[0].num_eval_targets(number) == [48, 48, 20][number]
+        assert (targets[~real] == IGNORED_TARGET).all()
+        assert int((targets != IGNORED_TARGET).sum()) == ranks[0].num_eval_targets(number) == [48, 48, 20][number]
         seen += tokens[real].flatten().tolist()
     assert seen == list(range(29 * SEQ_LEN))
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_filler_has_no_targets_and_the_tokens_of_the_last_sample(prefix: Path, micro: int) -> None:
+    """A microbatch of one sample is contiguous, so that its tokens and targets could share their memory."""
+    (loader,) = loaders(prefix, 1, micro)
+    (last,) = list(loader.eval_batches(100))[2:]
+    tokens, targets = joined([last]), joined([last], "targets")
+    assert (targets[5:] == IGNORED_TARGET).all() and (targets[:5] != IGNORED_TARGET).all()
+    assert tokens.tolist() == [list(range(4 * i, 4 * i + 4)) for i in (24, 25, 26, 27, *[28] * 8)]
 
 
 def test_evaluation_stops_where_it_is_told(prefix: Path) -> None:

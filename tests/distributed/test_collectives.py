@@ -147,7 +147,6 @@ def the_rest() -> dict[str, Any]:
     seen["gathered"] = out
     # A strided shard, and one of several dimensions.
     seen["strided"] = collectives.all_gather(integers(i, 2, 3).t(), axis)
-    seen["broadcast"] = collectives.broadcast(torch.full((2,), float(i)), axis, source_index=1)
     seen["objects"] = collectives.gather_objects({"rank": i}, axis)
     collectives.barrier(axis)
     # Around the ring, two tensors under way at once.
@@ -171,7 +170,6 @@ def test_reductions_gathers_and_messages(pool: WorkerPool) -> None:
         assert torch.equal(seen["min"], stacked.amin(dim=0))
         assert torch.equal(seen["gathered"], torch.arange(float(size)).repeat_interleave(4))
         assert torch.equal(seen["strided"], torch.cat([integers(r, 2, 3).t() for r in range(size)]))
-        assert torch.equal(seen["broadcast"], torch.ones(2))
         assert seen["objects"] == [{"rank": r} for r in range(size)]
         before = (rank - 1) % size
         assert [part.tolist() for part in seen["ring"]] == [[10.0 * before + tag] * 3 for tag in (5, 6)]
@@ -185,7 +183,6 @@ def test_an_axis_of_one_rank_costs_nothing() -> None:
     assert collectives.all_reduce(x, alone) is x
     assert collectives.all_gather(x, alone) is x
     assert collectives.reduce_scatter(x, alone) is x
-    assert collectives.broadcast(x, alone) is x
     assert collectives.gather_objects(x, alone)[0] is x
     collectives.barrier(alone)
     out = torch.empty_like(x)

@@ -22,7 +22,7 @@ def describe_meshes() -> list[dict[str, Any]]:
         mesh = build_mesh(layout, device=CPU)
         seen: dict[str, Any] = {"rank": mesh.rank}
         for name in (*AXES, "pp_return", "world"):
-            axis = mesh.axis(name)
+            axis = getattr(mesh, name)
             spanned = collectives.gather_objects(mesh.rank, axis)
             seen[name] = (axis.size, axis.index, list(axis.ranks), spanned, axis.is_first, axis.is_last)
         seen["separate"] = mesh.pp.size == 1 or mesh.pp.group is not mesh.pp_return.group

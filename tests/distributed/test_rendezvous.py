@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_lite.distributed import rendezvous
 from megatron_lite.distributed.hosts import num_cores
 from megatron_lite.distributed.rendezvous import Rendezvous, RendezvousError, discover, world
 from megatron_lite.distributed.worker_pool import WorkerPool
@@ -117,6 +119,33 @@ def test_a_rank_that_never_comes_ends_the_wait_and_says_what_to_check() -> None:
         pass
     assert time.monotonic() - start < 20
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("kinds", [("cpu", "cpu", "cuda"), ("cuda", "cpu", "cpu"), ("cpu", "cpu", "cpu")])
+def test_ranks_on_different_kinds_of_device_all_hear_of_it(kinds: tuple[str, ...]) -> None:
+    """Each through the store that they share, before any of them waits in a group that the others never join."""
+    store, refused = dist.HashStore(), []
+    environs = [environ_of(rank, len(kinds), 1) for rank in range(len(kinds))]
+
+    def check(rank: int) -> None:
+        place = discover(environs[rank], num_cuda_devices=len(kinds) if kinds[rank] == "cuda" else 0)
+        try:
+            rendezvous._check_devices(place, store)
+        except RendezvousError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=check, args=(rank,)) for rank in range(len(kinds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    if len(set(kinds)) == 1:
+        assert refused == []
+    else:
+        other = 1 if kinds[1] != kinds[0] else 2
+        assert len(refused) == 3
+        expected = f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}; "
+        assert all(message.startswith(expected) and "run.device=cpu" in message for message in refused)
 
 
 def join_and_leave(port: int, fail: bool) -> tuple[float, float]:

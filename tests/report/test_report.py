@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatron_lite.config import load_config
 from megatron_lite.config.load import to_yaml
+from megatron_lite.data.prepare import prepare_corpus
 from megatron_lite.report.chart import Line, Panel, draw
 from megatron_lite.report.run import ReportError, read_run
 from megatron_lite.report.summary import summary_table, write_picture
@@ -63,6 +64,29 @@ def test_the_summary_has_the_numbers(folder: Path) -> None:
     ):
         assert part in text, text
     assert "256 MiB" in text and "not finished" not in text
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "parts", "absent"),
+    [
+        (1, ["2.125", "the first 12% of the validation text", "train.eval_batches"], "xz -9"),
+        (8, ["2.125   (xz -9 on the same text: "], "the first"),
+    ],
+)
+def test_a_compressor_is_named_only_beside_the_same_text(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, num_batches: int, parts: list[str], absent: str
+) -> None:
+    corpus = tmp_path_factory.mktemp("corpus")
+    (corpus / "verse.txt").write_text("".join(f"the {i % 7} cats of number {i}; " for i in range(600)))
+    summary = prepare_corpus([corpus / "verse.txt"], corpus, vocab_size=257, valid_fraction=0.1, progress=False)
+    assert summary.valid is not None
+    # 8 samples a batch: one batch is an eighth of the samples, eight are all but the last tokens.
+    seq_len = (summary.valid.tokens - 1) // 64
+    more = [f"data.valid={corpus / 'valid'}", f"train.seq_len={seq_len}", f"train.eval_batches={num_batches}"]
+    config = load_config(None, [*KEYS, "model.max_seq_len=64", *more], world_size=2)
+    (folder / run_files.CONFIG).write_text(to_yaml(config))
+    text = shown(folder)
+    assert all(part in text for part in parts) and absent not in text, text
 
 
 def test_a_run_that_is_under_way_can_be_read(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_lite.data import IndexedWriter
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerError, WorkerPool
 from megatron_lite.train.build import layout_of
+from megatron_lite.train.corpus import tokens_per_byte
 from megatron_lite.train.loop import TrainResult, train
 from megatron_lite.utils import run_files
 from tests.train.tiny_run import (
@@ -81,6 +83,12 @@ def test_bits_per_byte_counts_the_bytes_of_the_text(single: Path, corpus: Path) 
     last = read_metrics(single)[-1]
     bits_of_all_tokens = last["valid_loss"] / math.log(2) * meta["tokens"]
     assert last["valid_bits_per_byte"] == pytest.approx(bits_of_all_tokens / text_bytes)
+
+
+def test_the_text_of_a_pair_is_known_by_either_way_to_write_its_prefix(corpus: Path) -> None:
+    known = tokens_per_byte([str(corpus / "valid")])
+    assert known is not None and tokens_per_byte([str(corpus / "valid.bin")]) == known
+    assert tokens_per_byte([str(corpus / "other")]) is None  # negative control
 
 
 def test_the_folder_tells_what_was_run(single: Path, corpus: Path) -> None:
@@ -178,6 +186,16 @@ def test_a_converted_run_is_where_the_next_one_starts(
     run(pool, tiny_config(corpus, tmp_path, "next", *still, *overrides, world_size=world_size))
     (record,) = read_metrics(tmp_path / "next")
     assert record["valid_loss"] == pytest.approx(read_metrics(single)[-1]["valid_loss"], rel=1e-6)
+
+
+def test_a_tokenizer_named_by_its_folder_is_converted_too(corpus: Path, tmp_path: Path, single: Path) -> None:
+    shutil.copytree(single, tmp_path / "run")
+    config = tmp_path / "run" / run_files.CONFIG
+    named = config.read_text(encoding="utf-8")
+    assert f"{corpus}/tokenizer.json" in named
+    config.write_text(named.replace(f"{corpus}/tokenizer.json", str(corpus)), encoding="utf-8")
+    assert f"with the tokenizer {corpus}/tokenizer.json" in convert_run(tmp_path / "run", tmp_path / "hf", "float32")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
 def test_a_checkpoint_of_another_model_is_refused(pool: WorkerPool, corpus: Path, tmp_path: Path, single: Path) -> None:
