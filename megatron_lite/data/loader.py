@@ -27,11 +27,6 @@ class Microbatch:
     documents: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
-    @property
-    def num_targets(self) -> int:
-        """Targets that count, in this microbatch alone."""
-        return int((self.targets != IGNORED_TARGET).sum())
-
 
 class BatchLoader:
     """Gives data-parallel rank `dp_rank` its part of any global batch.
@@ -70,11 +65,6 @@ class BatchLoader:
         """Microbatches that each rank computes in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
-    @property
-    def num_target_tokens(self) -> int:
-        """Target tokens of a global batch of training data, over all ranks."""
-        return self.global_batch_size * self.dataset.seq_len
-
     def batch(self, step: int) -> list[Microbatch]:
         """This rank's microbatches of global batch `step` (from 0), [micro_batch_size, S] each.
 
@@ -94,11 +84,6 @@ class BatchLoader:
     def num_eval_batches(self, num: int) -> int:
         """How many of `num` evaluation batches the dataset can fill, at least in part."""
         return min(num, -(-len(self.dataset) // self.global_batch_size))
-
-    def num_eval_targets(self, batch: int) -> int:
-        """Target tokens that count in evaluation batch `batch`, over all ranks."""
-        left = len(self.dataset) - batch * self.global_batch_size
-        return max(0, min(self.global_batch_size, left)) * self.dataset.seq_len
 
     def eval_batches(self, num: int) -> Iterator[list[Microbatch]]:
         """This rank's microbatches of the first `num` global batches in the order of the file, each sample once.

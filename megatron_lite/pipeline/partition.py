@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megatron_lite.config.rules import even_stages as even_stages
 from megatron_lite.models.transformer import Transformer
 
 

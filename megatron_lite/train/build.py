@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_lite.config.rules import even_stages
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.topology import Layout
@@ -16,7 +17,7 @@ from megatron_lite.models.initial import initial_shard
 from megatron_lite.models.transformer import Transformer
 from megatron_lite.optim.adamw import AdamW, AdamWState
 from megatron_lite.optim.precision import PRECISIONS, Precision
-from megatron_lite.pipeline.partition import cut_stage, even_stages, layers_of_stage
+from megatron_lite.pipeline.partition import cut_stage, layers_of_stage
 from megatron_lite.pipeline.runner import PipelineRunner
 from megatron_lite.pipeline.schedules import SCHEDULES, Schedule, forward_only
 from megatron_lite.tensor_parallel.plan import apply_tensor_parallel

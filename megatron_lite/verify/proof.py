@@ -167,6 +167,6 @@ def relative_difference(value: Tensor, exact: Tensor) -> float:
 
 
 def differing_values(one: Outcome, other: Outcome) -> list[str]:
-    """Names of the values in which two outcomes differ in any bit."""
+    """Names of the values in which two outcomes differ in any bit, or are no numbers: a NaN proves nothing."""
     pairs = zip(one.values(), other.values(), strict=True)
-    return [name for (name, value), (_, expected) in pairs if not same_bits(value, expected)]
+    return [name for (name, value), (_, expected) in pairs if not same_bits(value, expected) or value.isnan().any()]

@@ -243,6 +243,7 @@ def sharded_job(
     shard = VocabularyShard(
         start,
         rows if counts_padding else count,
+        vocabulary,
         lambda values: collectives.all_reduce(values, axis, "max"),
         lambda values: collectives.all_reduce(values, axis, "sum"),
     )
@@ -285,7 +286,7 @@ def test_a_sharded_loss_is_as_accurate_as_plain_torch(pool: WorkerPool, dtype: t
 
 def test_a_shard_without_reductions_is_the_whole() -> None:
     x, weight, targets = inputs(torch.float64)
-    shard = VocabularyShard(0, VOCABULARY)
+    shard = VocabularyShard(0, VOCABULARY, VOCABULARY)
     assert_same_bits(
         run(linear_cross_entropy, x, weight, targets, shard=shard), run(linear_cross_entropy, x, weight, targets)
     )

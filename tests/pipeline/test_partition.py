@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_lite.config.rules import even_stages
 from megatron_lite.config.schema import KernelsConfig
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.transformer import Transformer
-from megatron_lite.pipeline.partition import cut_stage, even_stages, layers_of_stage
+from megatron_lite.pipeline.partition import cut_stage, layers_of_stage
 from megatron_lite.train.build import stage_of
 from tests.models.tiny import model_config
 
