@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.tensor_files import CheckpointError
-from megatron_lite.checkpoint.weights import iterate_weights, load_weights, save_weights
+from megatron_lite.checkpoint.weights import iterate_weights, load_weights
 from megatron_lite.config.load import load_config
 from megatron_lite.config.schema import ModelConfig, RunConfig
 from megatron_lite.distributed.mesh import build_mesh
@@ -20,6 +20,7 @@ from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.initial import initial_shard
 from megatron_lite.train.build import Training, build, layout_of
+from megatron_lite.train.loop import save
 
 LAYOUTS = {
     "single": (1, []),
@@ -42,18 +43,6 @@ BASE = [
 def make(overrides: list[str]) -> Training:
     config = load_config(None, overrides, world_size=torch.distributed.get_world_size())
     return build(config, mesh=build_mesh(layout_of(config), device=torch.device("cpu")))
-
-
-def save(training: Training, folder: Path) -> None:
-    save_weights(
-        folder,
-        training.config.model,
-        mesh=training.mesh,
-        table=training.table,
-        names=[name for name, _ in training.stage.named_parameters()],
-        master=training.engine.whole_master,
-        dtype=training.precision.master,
-    )
 
 
 def save_job(overrides: list[str], folder: Path) -> None:

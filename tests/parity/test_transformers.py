@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.huggingface import config_from_hf, export_huggingface, huggingface_weights
-from megatron_lite.checkpoint.weights import iterate_weights, save_weights
+from megatron_lite.checkpoint.weights import iterate_weights
 from megatron_lite.config.load import load_config
 from megatron_lite.config.problems import override
 from megatron_lite.data.loader import Microbatch
@@ -26,6 +26,7 @@ from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.train.build import Training, build, layout_of
+from megatron_lite.train.loop import save
 from megatron_lite.train.step import train_step
 
 BOUND = 1e-5  # the bound, absolute and relative to the largest entry
@@ -154,18 +155,6 @@ def training_job(folder: Path, overrides: list[str], data: Tensor, weights_folde
 
 def save_job(folder: Path, overrides: list[str], weights_folder: Path) -> None:
     save(start(folder, overrides), weights_folder)
-
-
-def save(training: Training, folder: Path) -> None:
-    save_weights(
-        folder,
-        training.config.model,
-        mesh=training.mesh,
-        table=training.table,
-        names=[name for name, _ in training.stage.named_parameters()],
-        master=training.engine.whole_master,
-        dtype=training.precision.master,
-    )
 
 
 def imported_logits(pool: WorkerPool, folder: Path, layout: str, tokens: Tensor) -> list[Tensor]:
