@@ -1,0 +1,30 @@
+"""The ``megatron-lite`` command. Every command imports what it needs when it runs, so that help comes at once.
+
+Exit codes: 0 all is well; 1 a proof is broken, or something failed that should not; 2 the user can mend it.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from megatron_lite.cli.convert import convert
+from megatron_lite.cli.data import data
+from megatron_lite.cli.report import report
+from megatron_lite.cli.train import train
+from megatron_lite.cli.verify import verify
+
+app = typer.Typer(
+    help="Train transformers in 3D parallel on any machine, and prove that every layout computes the same thing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# In the order of the help.
+for command in (train, verify, data, convert, report):
+    app.command()(command)
+
+
+def main() -> None:
+    app(prog_name="megatron-lite")

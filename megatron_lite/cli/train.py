@@ -1,0 +1,101 @@
+"""megatron-lite train"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_lite.cli.common import ConfigFile, Debug, Keys, Overrides, errors_told
+from megatron_lite.cli.report import show_report
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Start this many processes on this machine.", show_default="join torchrun, or one"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Where the processes meet.", show_default="a free one")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of the same name.")] = False,
+    keys: Keys = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model.
+
+    Leaves config.yaml, metrics.jsonl, the weights and a picture of the loss in runs/NAME.
+
+    Examples:
+
+      megatron-lite train configs/runs/quickstart.yaml --nproc 8
+
+      megatron-lite train configs/runs/quickstart.yaml --nproc 4 parallel.pp=4 parallel.tp=1 train.num_steps=50
+
+      torchrun --nproc-per-node 8 -m megatron_lite train configs/runs/quickstart.yaml
+    """
+    from megatron_lite.distributed.launch import run_rank
+
+    arguments = (config, overrides or [], overwrite, port)
+    if nproc is None and "RANK" in os.environ:
+        raise typer.Exit(run_rank(_train_here, arguments))
+    with errors_told(debug):
+        if nproc is None:
+            _train_here(*arguments)
+        else:
+            raise typer.Exit(_train_in_processes(*arguments, nproc=nproc))
+
+
+def _train_here(path: Path, overrides: list[str], overwrite: bool, port: int | None) -> None:
+    """This process as one rank of the world that a launcher made, or as the only one."""
+    from megatron_lite.config import load_config
+    from megatron_lite.distributed.rendezvous import discover
+
+    if port is not None:
+        raise ValueError(
+            f"--port is {port}, where the processes of --nproc would meet, and there is no --nproc; add it, or leave "
+            "--port out (torchrun takes --master-port)"
+        )
+    place = discover(os.environ)
+    config = load_config(path, overrides, world_size=place.world_size, files_exist=True)
+
+    from megatron_lite.train.loop import run
+
+    result = run(config, overwrite=overwrite)
+    if place.rank == 0:
+        show_report(result.folder)
+
+
+def _train_in_processes(path: Path, overrides: list[str], overwrite: bool, port: int | None, *, nproc: int) -> int:
+    """Starts the processes, after everything that can be checked without them; returns the exit code."""
+    from megatron_lite.config import load_config
+    from megatron_lite.distributed.launch import launch_local
+    from megatron_lite.train.folder import make_log_folder, refuse_other_run, run_folder
+    from megatron_lite.train.metrics import check_extras
+
+    if "RANK" in os.environ:
+        raise ValueError(
+            "--nproc starts processes, and this one was started by torchrun already; leave one of them out"
+        )
+    if nproc < 1:
+        raise ValueError(f"--nproc is {nproc}; it must be at least 1")
+    config = load_config(path, overrides, world_size=nproc, files_exist=True)
+    folder = run_folder(config)
+    if not overwrite:
+        refuse_other_run(folder)
+    check_extras(config)
+    module = "megatron_lite.train.loop"
+    exit_code = launch_local(
+        f"{module}:run",
+        (config,),
+        {"overwrite": overwrite},
+        nproc=nproc,
+        port=port,
+        log_dir=make_log_folder(folder),
+        preload=(module,),
+    )
+    if exit_code == 0:
+        show_report(folder)
+    return exit_code
