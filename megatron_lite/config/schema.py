@@ -11,135 +11,28 @@ Rules that span several keys live in `megatron_lite.config.rules`; reading files
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-FFN_MULTIPLE = 64
-"""A Llama feed-forward width that is not given is rounded up to this: whole vector registers and tiles."""
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.model import ModelConfig, RopeScaling
+from megatron_lite.config.section import LayerCounts, Section, derived
 
-
-def _sequence_to_tuple(value: Any) -> Any:
-    """YAML and callers give lists; a frozen config holds tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _paths_to_tuple(value: Any) -> Any:
-    """One path may stand for a list of one; an empty (null) key is an empty list."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else _sequence_to_tuple(value)
-
-
-Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_paths_to_tuple)]
-LayerCounts = Annotated[tuple[int, ...], BeforeValidator(_sequence_to_tuple)]
-
-
-def default_ffn_hidden_size(family: str, hidden_size: int) -> int:
-    """Width of the feed-forward block when it is not given.
-
-    gpt2: 4 * hidden. llama: 8/3 * hidden, which gives SwiGLU's three matrices the parameters of two of width
-    4 * hidden (Shazeer 2020, arXiv:2002.05202, section 3), rounded up to `FFN_MULTIPLE`.
-    """
-    if family == "gpt2":
-        return 4 * hidden_size
-    return -(-8 * hidden_size // (3 * FFN_MULTIPLE)) * FFN_MULTIPLE
-
-
-def _derived(rule: str, formula: Callable[[dict[str, Any]], Any], **field: Any) -> Any:
-    """A field whose default is computed from the fields above it; ``rule`` says how, for the help.
-
-    Where one of those is invalid there is no default. The model is refused for that field, so nobody sees the None.
-    """
-
-    def factory(data: dict[str, Any]) -> Any:
-        try:
-            return formula(data)
-        except KeyError:
-            return None
-
-    return Field(default_factory=factory, json_schema_extra={"default": rule}, **field)
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced, and nothing changes after validation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        """``num_kv_heads: null`` is the same as leaving the key out, where the default is derived from other keys."""
-        if not isinstance(data, dict):
-            return data
-        derived = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
-        return {key: value for key, value in data.items() if not (value is None and key in derived)}
-
-
-class RopeScaling(Section):
-    """How rotary frequencies are changed so that a model reaches beyond the context it was first trained on."""
-
-    type: Literal["linear", "llama3"] = Field(
-        description="linear: every frequency is divided by `factor` (Chen et al. 2023, arXiv:2306.15595); "
-        "llama3: only the low frequencies are, with a smooth ramp between (Llama 3.1)"
-    )
-    factor: float = Field(gt=0, description="divisor of the rotary frequencies (ratio of new to old context)")
-    low_freq_factor: float = Field(
-        default=1.0,
-        gt=0,
-        description="llama3: wavelengths above original_max_seq_len / low_freq_factor (tokens) are fully scaled",
-    )
-    high_freq_factor: float = Field(
-        default=4.0,
-        gt=0,
-        description="llama3: wavelengths below original_max_seq_len / high_freq_factor (tokens) are left alone",
-    )
-    original_max_seq_len: int = Field(
-        default=8192, ge=1, description="llama3: context of the model before scaling, tokens"
-    )
-
-
-class ModelConfig(Section):
-    """The architecture. Two configs that are equal here have parameters of the same names and global shapes."""
-
-    family: Literal["llama", "gpt2"] = Field(
-        description="llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases; "
-        "gpt2: LayerNorm, learned positions, GELU, biases"
-    )
-    vocab_size: int = Field(ge=2, description="number of token ids; any number, padding for tp is internal")
-    hidden_size: int = Field(ge=1, description="width of the residual stream, elements")
-    num_layers: int = Field(ge=1, description="number of transformer layers")
-    num_heads: int = Field(ge=1, description="number of query heads in each layer")
-    num_kv_heads: int = _derived(
-        "num_heads",
-        lambda data: data["num_heads"],
-        ge=1,
-        description="number of key-value heads in each layer; fewer than num_heads is grouped-query attention, "
-        "1 is multi-query; gpt2 has num_heads of them",
-    )
-    head_dim: int = _derived(
-        "hidden_size / num_heads",
-        lambda data: max(1, data["hidden_size"] // data["num_heads"]),
-        ge=1,
-        description="width of one attention head, elements",
-    )
-    ffn_hidden_size: int = _derived(
-        f"llama: 8/3 * hidden_size rounded up to {FFN_MULTIPLE}; gpt2: 4 * hidden_size",
-        lambda data: default_ffn_hidden_size(data["family"], data["hidden_size"]),
-        ge=1,
-        description="inner width of the feed-forward block, elements",
-    )
-    max_seq_len: int = Field(ge=1, description="longest sequence the model takes, tokens")
-    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies; llama only")
-    rope_scaling: RopeScaling | None = Field(default=None, description="change of the rotary frequencies; llama only")
-    norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance inside every norm")
-    tie_embeddings: bool = _derived(
-        "gpt2: true; llama: false",
-        lambda data: data["family"] == "gpt2",
-        description="whether the output head is the embedding matrix",
-    )
-    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+__all__ = [
+    "DataConfig",
+    "InitConfig",
+    "KernelsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "RunConfig",
+    "RunSettings",
+    "Section",
+    "TrainConfig",
+    "default_decay_steps",
+]
 
 
 class ParallelConfig(Section):
@@ -209,7 +102,7 @@ class OptimConfig(Section):
         default="adamw", description="optimizer; AdamW with decoupled weight decay (arXiv:1711.05101)"
     )
     lr: float = Field(default=3e-4, gt=0, description="highest learning rate, reached at step warmup_steps")
-    min_lr: float = _derived(
+    min_lr: float = derived(
         "0.1 * lr",
         lambda data: 0.1 * data["lr"],
         ge=0,
@@ -238,24 +131,6 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
     clip_grad_norm: float = Field(
         default=1.0, ge=0, description="largest 2-norm of the whole gradient; a larger one is scaled down; 0: off"
-    )
-
-
-class DataConfig(Section):
-    """Token files and the order in which they are read."""
-
-    train: Paths = Field(
-        default=(), description="path prefixes of the .bin/.idx pairs to train on, a list or one string"
-    )
-    valid: Paths = Field(
-        default=(), description="path prefixes of the .bin/.idx pairs to evaluate on, a list or one string"
-    )
-    tokenizer: str | None = Field(
-        default=None, min_length=1, description="the tokenizer.json that made the tokens, or the folder that holds it"
-    )
-    shuffle: bool = Field(default=True, description="whether samples are permuted anew in each epoch, from train.seed")
-    isolate_documents: bool = Field(
-        default=False, description="whether attention and positions stop at document boundaries inside a sequence"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_lite.config.rules import even_stages
+from megatron_lite.config.layout_rules import even_stages
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.topology import Layout

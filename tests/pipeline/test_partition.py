@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_lite.config.rules import even_stages
+from megatron_lite.config.layout_rules import even_stages
 from megatron_lite.config.schema import KernelsConfig
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.transformer import Transformer
