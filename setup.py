@@ -1,9 +1,10 @@
-"""Builds csrc/ into one shared library inside the package, from whatever compilers are there.
+"""Builds csrc/ into two shared libraries inside the package, from whatever compilers are there.
 
-The library targets torch's stable ABI (torch 2.11 and up, any Python), so it is compiled without pybind11 and without
-torch/extension.h, in seconds. A part that cannot be built is left out, with the reason printed and written next to the
-library, where `megatron_lite.ops.native` reads it: an install never fails for want of a compiler. (pip shows what
-setup.py prints only with -v.)
+The kernels target torch's stable ABI (torch 2.11 and up, any Python), so they are compiled without pybind11 and without
+torch/extension.h, in seconds. The data loader's index (csrc/data) knows numpy and not torch: a pybind11 module. A part
+that cannot be built is left out, with the reason printed and written next to the kernels, where
+`megatron_lite.ops.native` reads it: an install never fails for want of a compiler. (pip shows what setup.py prints only
+with -v.)
 
 Environment, read at build time only: CXX (C++ compiler), CUDA_HOME (toolkit), NVCC (CUDA compiler).
 """
@@ -18,15 +19,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-LIBRARY, REPORT = "_native.so", "_native_build.json"
+KERNELS, INDEX = "megatron_lite.ops._native", "megatron_lite.data._index"
+REPORT = "_native_build.json"
 
 # The kernels of cpu.cpp are compiled once for each instruction set; bindings.cpp picks one when they run.
 CPU_FLAGS = {
@@ -150,36 +152,61 @@ def build_library(target: Path, objects: Path) -> dict[str, str | None]:
     return {"cpu": None, "cuda": cuda_missing}
 
 
+def build_index(target: Path) -> dict[str, str | None]:
+    """Builds csrc/data as a module of this Python. Returns for 'index' None, or why it is missing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        spec = importlib.util.find_spec("pybind11")
+        if spec is None or spec.origin is None:
+            raise MissingError("pybind11 cannot be imported at build time; pip install pybind11")
+        includes = [f"-I{Path(spec.origin).parent / 'include'}", f"-I{sysconfig.get_path('include')}"]
+        # On macOS a module finds the interpreter's symbols when it is loaded, and the linker has to be told.
+        shared = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+        run_compiler([*find_cxx(), *CXX_FLAGS, *includes, *shared, "csrc/data/index.cpp", "-o", str(target)])
+    except MissingError as error:
+        return {"index": str(error)}
+    return {"index": None}
+
+
 class BuildNative(build_ext):
-    """build_ext for the one library: never fails, says what is missing, leaves a report beside the library."""
+    """build_ext for both libraries: never fails, says what is missing, leaves a report beside the kernels."""
 
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.rpartition(".")[2] == INDEX.rpartition(".")[2]:
+            return super().get_ext_filename(fullname)  # which names the Python that it was compiled for
         return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def run(self) -> None:
+        self.report: dict[str, str | None] = {}
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        report = build_library(target, Path(self.build_temp).resolve())
-        (target.parent / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        for part, consequence in (("cpu", "CPU kernels"), ("cuda", "CUDA C++ kernels")):
-            state = f"left out: {report[part]}" if report[part] else "built"
-            print(f"megatron-lite: {consequence}: {state}", file=sys.stderr)
+        if ext.name == INDEX:
+            self.report |= build_index(target)
+        else:
+            self.report |= build_library(target, Path(self.build_temp).resolve())
+        report = target.parents[1] / "ops" / REPORT
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        if ext is not self.extensions[-1]:
+            return
+        for part, name in (("cpu", "CPU kernels"), ("cuda", "CUDA C++ kernels"), ("index", "C++ index of the data")):
+            state = f"left out: {self.report[part]}" if self.report[part] else "built"
+            print(f"megatron-lite: {name}: {state}", file=sys.stderr)
         if importlib.util.find_spec("triton") is None:
             print("megatron-lite: Triton kernels: unused until `pip install triton`", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: the library and its report go next to the package's sources."""
+        """For an editable install: the libraries and their report go next to the package's sources."""
         super().copy_extensions_to_source()
-        built = Path(self.build_lib) / "megatron_lite/ops"
-        shutil.copyfile(built / REPORT, ROOT / "megatron_lite/ops" / REPORT)
-        if not (built / LIBRARY).exists():
-            (ROOT / "megatron_lite/ops" / LIBRARY).unlink(missing_ok=True)
-
-
-class AnyPythonWheel(bdist_wheel):
-    """The library has no Python ABI: one wheel a platform serves every Python."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        report = Path("megatron_lite/ops") / REPORT
+        shutil.copyfile(Path(self.build_lib) / report, ROOT / report)
+        for ext in self.extensions:
+            library = self.get_ext_filename(ext.name)
+            if not (Path(self.build_lib) / library).exists():
+                (ROOT / library).unlink(missing_ok=True)
 
 
 def triton_packages() -> list[str]:
@@ -191,8 +218,11 @@ def triton_packages() -> list[str]:
 setup(
     packages=[*find_packages(include=["megatron_lite", "megatron_lite.*"]), *triton_packages()],
     package_dir={"megatron_lite": "megatron_lite", "megatron_lite._csrc": "csrc"},
-    package_data={"megatron_lite": ["py.typed"]},
-    ext_modules=[Extension("megatron_lite.ops._native", sources=["csrc/bindings.cpp"], optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    package_data={"megatron_lite": ["py.typed", "report/page.css", "report/page.js"]},
+    ext_modules=[
+        Extension(KERNELS, sources=["csrc/bindings.cpp"], optional=True),
+        Extension(INDEX, sources=["csrc/data/index.cpp"], optional=True),
+    ],
+    cmdclass={"build_ext": BuildNative},
     zip_safe=False,
 )

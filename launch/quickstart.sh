@@ -6,8 +6,8 @@ usage() {
   cat <<'HELP'
 usage: bash launch/quickstart.sh [options]
 
-Makes .venv, installs, builds the kernels, prepares a corpus, trains, evaluates, and leaves metrics and a picture of the
-loss in runs/quickstart/. What is already done is not done again, except the training.
+Makes .venv, installs, builds the kernels, prepares a corpus, trains, evaluates, leaves metrics, checkpoints and a report
+in runs/quickstart/, and lets the model write a few lines. What is already done is not done again, except the training.
 
   --steps N          optimizer steps (default: train.num_steps of configs/runs/quickstart.yaml)
   --layout LAYOUT    how to spread the work, like tp=1,pp=4,dp=2 (default: tp=2,pp=2,dp=2). The number of processes is
@@ -127,10 +127,16 @@ if [ ! -f "$data/meta.json" ] || [ "$(cat "$data/made-from" 2>/dev/null)" != "$w
   say "preparing the corpus in $data"
   rm -f "$data/made-from"
   valid_fraction=$(printf '0.%02d' "$valid_percent")
-  "$ml" data "${texts_or_stdlib[@]}" --out "$data" --vocab-size 4096 --valid-fraction "$valid_fraction"
+  "$ml" data "${texts_or_stdlib[@]}" --out "$data" --overwrite --vocab-size 4096 --valid-fraction "$valid_fraction"
   echo "$wanted" >"$data/made-from"
 fi
 
 say "training with $nproc processes"
 "$ml" train configs/runs/quickstart.yaml ${overrides[@]+"${overrides[@]}"} --nproc "$nproc" --overwrite
+
+# The standard library is Python; of another text nothing is known, and the model begins at the beginning.
+prompt="def "
+[ ${#texts[@]} -eq 0 ] || prompt=
+say "a sample: megatron-lite generate runs/quickstart --prompt '$prompt'"
+"$ml" generate runs/quickstart --prompt "$prompt" --max-new-tokens 100 --temperature 0.7 --top-p 0.95 --seed 1 --device cpu
 echo "$(elapsed) s in all"

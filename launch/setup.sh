@@ -102,14 +102,14 @@ install() {
     say "installing into .venv"
     # Modules are compiled when they are first imported: most of torch's never are.
     pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt)
-    # torch first: the build of the kernels uses its headers and links to it.
-    (cd "$root" && quietly "torch" "${pip[@]}" torch setuptools)
+    # torch first: the build of the kernels uses its headers and links to it; that of the index, pybind11's headers.
+    (cd "$root" && quietly "torch" "${pip[@]}" torch setuptools pybind11)
     (cd "$root" && quietly "the package, its kernels and what it needs" "${pip[@]}" --no-build-isolation -e ".$extras")
     "$venv/bin/python" - "$root" <<'PY'
 import json, pathlib, sys
 
 report = json.loads((pathlib.Path(sys.argv[1]) / "megatron_lite/ops/_native_build.json").read_text())
-for part, name in (("cpu", "C++ kernels for the CPU"), ("cuda", "CUDA C++ kernels")):
+for part, name in (("cpu", "C++ kernels for the CPU"), ("cuda", "CUDA C++ kernels"), ("index", "C++ index of the data")):
     print(f"   {name}: {'left out: ' + report[part] if report[part] else 'built'}")
 PY
     echo "$wanted" >"$stamp"

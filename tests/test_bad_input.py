@@ -186,7 +186,7 @@ def test_checkpoint_errors(corpus: Path, tmp_path: Path, checkpoint: Path) -> No
 
 
 def test_convert_and_report_name_what_is_missing(tmp_path: Path) -> None:
-    assert "weights.json" in said("convert", tmp_path, tmp_path / "out")
+    assert "has no checkpoint" in said("convert", tmp_path, tmp_path / "out")
     assert "metrics.jsonl" in said("report", tmp_path)
     (tmp_path / run_files.METRICS).touch()
     assert "has no step yet" in said("report", tmp_path)
@@ -235,17 +235,31 @@ class Limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, self.num_bytes))
 
 
-@pytest.mark.parametrize(("limit", "nproc"), [(3000, 1), (50_000, 2)], ids=["metrics", "weights"])
-def test_no_space_left(corpus: Path, tmp_path: Path, limit: int, nproc: int) -> None:
-    """3000 bytes hold the config and some steps; 50,000 bytes hold the metrics, and not the weights of two stages."""
-    program = [sys.executable, "-m", "megatron_lite", "train", str(config_file(tmp_path, corpus))]
-    more = ["--nproc", str(nproc), f"parallel.pp={nproc}"]
-    done = subprocess.run([*program, *more], capture_output=True, text=True, timeout=180, preexec_fn=Limit(limit))
+def run_without_space(config: Path, limit: int, *args: str) -> str:
+    """The one error of a run whose files may not grow beyond a limit."""
+    program = [sys.executable, "-m", "megatron_lite", "train", str(config), *args]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=180, preexec_fn=Limit(limit))
     assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert "no space left to write it" in errors[0] and "free some space" in errors[0]
-    weights = tmp_path / "runs" / "tiny" / run_files.WEIGHTS
-    assert (run_files.METRICS if nproc == 1 else str(weights)) in errors[0].replace(".weights.partial", "weights")
-    assert not weights.exists(), "nothing half-written is left"
-    assert not list(weights.parent.glob(".*")), "nor under a temporary name"
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert "no space left to write it" in error and "free some space" in error
+    return error
+
+
+def test_no_space_left_for_metrics(corpus: Path, tmp_path: Path) -> None:
+    """3000 bytes hold the config and some steps."""
+    assert run_files.METRICS in run_without_space(config_file(tmp_path, corpus), 3000)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_no_space_left_for_a_checkpoint(corpus: Path, tmp_path: Path, asynchronous: str) -> None:
+    """50,000 bytes hold the metrics, and not the state of a rank. What was there stays, and is gone on from."""
+    config, checkpoints = config_file(tmp_path, corpus), tmp_path / "runs" / "tiny" / run_files.CHECKPOINTS
+    short = CliRunner().invoke(app, ["train", str(config), "train.num_steps=4", "optim.decay_steps=12"])
+    assert short.exit_code == 0, short.output
+    more = ("parallel.pp=2", "checkpoint.interval=4", f"checkpoint.asynchronous={asynchronous}")
+    error = run_without_space(config, 50_000, "--nproc", "2", *more)
+    assert f"{checkpoints}/.step-00000008.partial/rank-0000" in error
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"], "nothing lost, nothing half-written"
+    again = CliRunner().invoke(app, ["train", str(config)])
+    assert again.exit_code == 0 and f"going on from {checkpoints}/step-00000004, after step 4" in again.stdout

@@ -19,26 +19,13 @@ from typer.testing import CliRunner
 from megatron_lite.cli import app
 from megatron_lite.config import key_help
 from megatron_lite.utils import run_files
-from tests.train.tiny_run import NUM_STEPS, keys, make_corpus, read_metrics
-
-PROGRAM = [sys.executable, "-m", "megatron_lite"]
+from tests.train.commands import PROGRAM, write_config
+from tests.train.tiny_run import NUM_STEPS, make_corpus, read_metrics
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def write_config(folder: Path, corpus: Path, name: str = "tiny") -> Path:
-    """The tiny run as a file."""
-    sections: dict[str, list[str]] = {}
-    for key in keys(corpus, folder / "runs", name):
-        dotted, _, value = key.partition("=")
-        section, _, leaf = dotted.partition(".")
-        sections.setdefault(section, []).append(f"  {leaf}: {value}")
-    path = folder / f"{name}.yaml"
-    path.write_text("\n".join(line for name, lines in sections.items() for line in (f"{name}:", *lines)) + "\n")
-    return path
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
@@ -64,7 +51,7 @@ def test_help_needs_no_torch() -> None:
 def test_help_names_every_command_and_key() -> None:
     runner = CliRunner()
     shown = runner.invoke(app, ["--help"]).output
-    for name in ("train", "verify", "data", "convert", "report"):
+    for name in ("train", "verify", "data", "convert", "generate", "report"):
         assert name in shown
         assert "Example" in runner.invoke(app, [name, "--help"]).output
     listed = runner.invoke(app, ["train", "--keys"], env={"COLUMNS": "200"})
@@ -79,7 +66,7 @@ def test_from_text_to_a_model_that_transformers_loads(tmp_path: Path) -> None:
     text.write_text("".join(f"the {i % 7} cats of number {i} sit on {i % 5} mats; " for i in range(600)))
     made = invoke("data", text, "--out", tmp_path / "data", "--vocab-size", 300, "--valid-fraction", 0.1)
     assert made.exit_code == 0, made.stderr
-    assert "train with model.vocab_size=300" in made.stdout
+    assert "train CONFIG model.vocab_size=300" in made.stdout
     config = write_config(tmp_path, tmp_path / "data")
     trained = command("train", config, "--nproc", 2, "parallel.tp=2", "train.log_interval=4", "train.eval_batches=99")
     assert trained.returncode == 0, trained.stderr
@@ -90,6 +77,8 @@ def test_from_text_to_a_model_that_transformers_loads(tmp_path: Path) -> None:
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
     assert "valid loss" in lines[-1] and "bits per byte" in trained.stdout and "xz -9" in trained.stdout
     assert ElementTree.parse(folder / run_files.PICTURE).getroot().tag.endswith("svg")
+    assert f"report: {folder / run_files.REPORT}" in trained.stdout
+    assert "</html>" in (folder / run_files.REPORT).read_text(encoding="utf-8")
     assert (folder / run_files.LOGS / "rank1.log").read_text() == "", "a second rank has nothing to say"
     again = invoke("train", config, "--nproc", 2, "parallel.tp=2")
     assert again.exit_code == 2

@@ -23,26 +23,27 @@ FLOORS = (
     {"distributed", "ops"},
     {"models", "data"},
     {"tensor_parallel", "pipeline", "zero", "optim", "checkpoint"},
-    {"train", "verify", "report"},
+    {"train", "verify", "inference", "report"},
     {"cli", "__main__"},
 )
 # (importer, imported) on one floor, with the reason.
 SAME_FLOOR = {
     ("verify", "train"): "a proof runs the steps that training runs",
+    ("inference", "train"): "the model that generates is the stage that training builds",
     ("__main__", "cli"): "python -m megatron_lite is the command",
 }
 # Who reads or sets the environment, and why that is at start-up.
 ENVIRONMENT = {
+    "cli/ranks.py": "the command finds out whether torchrun started it",
     "cli/train.py": "the command finds out whether torchrun started it",
     "distributed/hosts.py": "chooses gloo's interface before the first group is made",
     "distributed/launch.py": "starts ranks, whose place is in their environment",
     "distributed/rendezvous.py": "reads a rank's place once",
     "distributed/worker.py": "readies a worker before torch is used",
-    "train/loop.py": "hands the environment to rendezvous before the world is made",
 }
 # Where something is divided by a count, and why. For the loss one place, as the design wants it.
 NORMALISERS = {
-    "train/step.py:_run": "the one place where a sum of token losses is divided by their number",
+    "train/step.py:loss_weight": "the one place where a sum of token losses is divided by their number",
     "models/families.py:_layer": "GPT-2 draws a projection into the residual smaller the more layers there are",
 }
 # What the name of a count has among its words, and the rooms that compute no loss.
@@ -117,6 +118,8 @@ def communicates_elsewhere(root: Path) -> list[str]:
         attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
         names += [(node.lineno, ast.unparse(node)) for node in attributes]
         for line, name in names:
+            if room == "checkpoint" and f"{name}.".startswith("torch.distributed.checkpoint."):
+                continue  # the planners and the storage are its extension points
             if room != "distributed" and f"{name}.".startswith("torch.distributed."):
                 complaints.append(f"{path}:{line}: {name} outside distributed/")
             if room in ("models", "ops") and f"{name}.".startswith(f"{PACKAGE}.distributed."):
@@ -262,6 +265,8 @@ CONTROLS: list[tuple[Callable[[Path], list[str]], str, str, str]] = [
     (imports_run_upward, "megatron_lite/attic/a.py", "", "no floor"),
     (communicates_elsewhere, "megatron_lite/zero/a.py", "import torch.distributed as dist", "torch.distributed"),
     (communicates_elsewhere, "megatron_lite/zero/a.py", "from torch import distributed", "torch.distributed"),
+    (communicates_elsewhere, "megatron_lite/zero/a.py", "import torch.distributed.checkpoint", "torch.distributed"),
+    (communicates_elsewhere, "megatron_lite/checkpoint/a.py", "import torch.distributed as dist", "torch.distributed"),
     (communicates_elsewhere, "megatron_lite/zero/a.py", "import torch\ntorch.distributed.barrier()", "barrier"),
     (communicates_elsewhere, "megatron_lite/ops/a.py", "from megatron_lite.distributed import mesh", "is parallel"),
     (reads_the_environment, "megatron_lite/zero/a.py", "import os\nx = os.environ.get('A')", "zero/a.py:2"),

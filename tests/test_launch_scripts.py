@@ -79,24 +79,42 @@ elapsed() { echo 0; }
 """
 
 
-@pytest.mark.parametrize(("num_bytes", "fraction"), [(20_000, "0.20"), (500_000, "0.05"), (5_000_000, "0.01")])
-def test_the_quickstart_holds_out_enough_of_a_small_text(tmp_path: Path, num_bytes: int, fraction: str) -> None:
-    """With commands that only tell how they were called: 20 samples of 256 tokens take some 20 KB."""
-    (tmp_path / "launch").mkdir()
-    shutil.copy(ROOT / "launch" / "quickstart.sh", tmp_path / "launch")
-    (tmp_path / "launch" / "setup.sh").write_text(PRETENDED_SETUP, encoding="utf-8")
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "data" / "quickstart").mkdir(parents=True)
+def pretend(folder: Path) -> None:
+    """A checkout whose commands only tell how they were called."""
+    (folder / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "quickstart.sh", folder / "launch")
+    (folder / "launch" / "setup.sh").write_text(PRETENDED_SETUP, encoding="utf-8")
+    (folder / "venv" / "bin").mkdir(parents=True)
+    (folder / "data" / "quickstart").mkdir(parents=True)
     for name in ("python", "megatron-lite"):
-        program = tmp_path / "venv" / "bin" / name
+        program = folder / "venv" / "bin" / name
         program.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
         program.chmod(0o755)
+
+
+@pytest.mark.parametrize(("num_bytes", "fraction"), [(20_000, "0.20"), (500_000, "0.05"), (5_000_000, "0.01")])
+def test_the_quickstart_holds_out_enough_of_a_small_text(tmp_path: Path, num_bytes: int, fraction: str) -> None:
+    """20 samples of 256 tokens take some 20 KB."""
+    pretend(tmp_path)
     (tmp_path / "one.txt").write_bytes(b"x" * (num_bytes // 2))
     (tmp_path / "two.txt").write_bytes(b"x" * (num_bytes // 2))
     result = bash("launch/quickstart.sh", "--text", "one.txt", "two.txt", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (made,) = [line for line in result.stdout.splitlines() if line.startswith("data ")]
     assert made.endswith(f"--valid-fraction {fraction}")
+
+
+def test_the_quickstart_ends_with_a_sample(tmp_path: Path) -> None:
+    """Of Python where the model was trained on the standard library, and of whatever it says first elsewhere."""
+    pretend(tmp_path)
+    (tmp_path / "own.txt").write_bytes(b"x" * 20_000)
+    for texts, prompt in (([], "def  "), (["--text", "own.txt"], " ")):
+        result = bash("launch/quickstart.sh", *texts, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        calls = [line for line in result.stdout.splitlines() if line.startswith(("data ", "train ", "generate "))]
+        assert [line.split()[0] for line in calls] == ["data", "train", "generate"]
+        assert calls[-1].startswith(f"generate runs/quickstart --prompt {prompt}--max-new-tokens ")
+        assert "--seed 1" in calls[-1]
 
 
 def test_the_quickstart_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:

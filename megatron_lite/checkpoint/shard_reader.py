@@ -41,11 +41,6 @@ class Part:
 PartTable = Mapping[str, tuple[Part, ...]]
 
 
-def same_names(table: ParameterTable) -> PartTable:
-    """The parts of files that hold the parameters whole, by their global names."""
-    return {spec.name: (Part(spec.name, 0, spec.shape[spec.shard_dim or 0]),) for spec in table if spec.tied_to is None}
-
-
 class ShardReader:
     """A weight source that reads from files.
 
@@ -54,7 +49,8 @@ class ShardReader:
         checkpoint stores both).
 
     Raises CheckpointError, at once for the whole model, where tensors are missing or have the wrong shape or dtype, or
-    a copy differs: what one rank would refuse every rank does, before any of them waits for another.
+    a copy differs: what one rank would refuse every rank does, before any of them waits for another. Weights that are
+    not finite are refused where they are read, by the ranks that read them.
     """
 
     def __init__(
@@ -128,4 +124,10 @@ class ShardReader:
     def _read(self, part: Part, dim: int, start: int, stop: int) -> Tensor:
         stored_dim = 1 - dim if part.is_transposed else dim
         values = self._files.read(part.name, stored_dim, start - part.start, stop - part.start)
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(
+                f"{self._files.path(part.name)}: {int((~values.isfinite()).sum()):,} of {values.numel():,} weights of "
+                f"{part.name} are NaN or infinite: nothing can be computed from them; copy or download the checkpoint "
+                "again, or use an earlier one"
+            )
         return values.t() if part.is_transposed else values

@@ -93,6 +93,22 @@ class TensorFiles:
         return self._handles[self._file_of[name]].get_slice(name)
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raises CheckpointError where a file begins as pickles and the archives of ``torch.save`` do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if start[8:] == b"{":
+        return  # the length of a safetensors header, which may have the bytes of a pickle's start, and the header
+    if (start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5) or start[:4] == b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path}: is a pickle, which can run any code when it is read, and is never opened here; "
+            "use a checkpoint that megatron-lite wrote, or convert it to safetensors first"
+        )
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -101,6 +117,7 @@ def _open(path: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
+        refuse_pickle(path)
         size = path.stat().st_size
         raise CheckpointError(
             f"{path}: is truncated or not a safetensors file ({size:,} bytes; {error}); copy or download it again"
@@ -133,7 +150,7 @@ class TensorWriter:
         self.path, self.plan = path, tuple(plan)
         self.digests: dict[str, bytes] = {}
         self._file = AtomicFile(path)
-        self._file.write(_header(self.plan, metadata))
+        self._file.write(safetensors_header(self.plan, metadata))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Appends the next tensor of the plan, converted to its dtype."""
@@ -176,7 +193,7 @@ class TensorWriter:
             )
 
 
-def _header(plan: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(plan: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
     """Length (8 bytes, little-endian) and JSON, padded with spaces so that the data starts at a multiple of 8 bytes
     (the safetensors format, https://github.com/huggingface/safetensors#format)."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}

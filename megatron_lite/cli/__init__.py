@@ -9,6 +9,8 @@ import typer
 
 from megatron_lite.cli.convert import convert
 from megatron_lite.cli.data import data
+from megatron_lite.cli.eval import evaluate
+from megatron_lite.cli.generate import generate
 from megatron_lite.cli.report import report
 from megatron_lite.cli.train import train
 from megatron_lite.cli.verify import verify
@@ -22,8 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help.
-for command in (train, verify, data, convert, report):
+for command in (train, verify, data, convert, generate, report):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

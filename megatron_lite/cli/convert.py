@@ -20,22 +20,31 @@ class FileDtype(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of its weights.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Folder of a run, of one of its checkpoints, or of Hugging Face.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New Hugging Face folder, or new FILE.yaml for the model section.")
+    ],
     dtype: Annotated[FileDtype, typer.Option(help="Dtype of the weights.")] = FileDtype.float32,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="tokenizer.json to put beside them.", show_default="the run's data.tokenizer"),
+        typer.Option(help="Tokenizer to put beside them, a file or a folder.", show_default="the run's data.tokenizer"),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Let transformers compute with the export what our model does.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
-    """Write the weights of a run as a Hugging Face folder, which transformers loads.
+    """Write a model as a Hugging Face folder, which transformers loads, or its model section as YAML.
 
-    Example:
+    Examples:
 
       megatron-lite convert runs/quickstart my-model --dtype bfloat16
+
+      megatron-lite convert Qwen2-7B qwen2.yaml
     """
     with errors_told(debug):
-        from megatron_lite.checkpoint.convert import convert_run
+        from megatron_lite.checkpoint.convert import convert_model
 
-        print(convert_run(source, out, dtype.value, tokenizer))
+        print(convert_model(source, out, dtype.value, tokenizer=tokenizer, check=check))

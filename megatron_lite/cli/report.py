@@ -14,7 +14,9 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     debug: Debug = False,
 ) -> None:
-    """Sum up a run, and draw its loss, learning rate and gradient norm into loss.svg.
+    """Sum up a run, and write report.html: its curves, its layout and its config on one page.
+
+    The page needs no network. loss.svg is a picture for a README: loss, learning rate and gradient norm.
 
     Example:
 
@@ -25,13 +27,18 @@ def report(
 
 
 def show_report(folder: Path) -> None:
+    """Prints the numbers of a run, and writes its page and its picture."""
     from rich.console import Console
 
+    from megatron_lite.report.curves import write_picture
+    from megatron_lite.report.page import write_page
     from megatron_lite.report.run import read_run
-    from megatron_lite.report.summary import summary_table, write_picture
+    from megatron_lite.report.summary import facts_of, summary_table
 
     run = read_run(folder)
-    picture = write_picture(run)
+    facts = facts_of(run)
+    written = {"report": write_page(run, facts), "picture": write_picture(run)}
     console = Console()
-    console.print(summary_table(run))
-    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    console.print(summary_table(run, facts))
+    for name, path in written.items():
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

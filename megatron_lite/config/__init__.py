@@ -6,6 +6,7 @@ from megatron_lite.config.keys import KeyHelp, key_help
 from megatron_lite.config.load import load_config, to_yaml, with_world
 from megatron_lite.config.problems import ConfigError, Problem
 from megatron_lite.config.schema import (
+    CheckpointConfig,
     DataConfig,
     InitConfig,
     KernelsConfig,
@@ -19,6 +20,7 @@ from megatron_lite.config.schema import (
 )
 
 __all__ = [
+    "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "InitConfig",

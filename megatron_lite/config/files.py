@@ -20,14 +20,18 @@ def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def tokenizer_path(path: str | os.PathLike[str]) -> Path:
-    """The file of a tokenizer: `path` itself, or the tokenizer.json in it where it is a folder."""
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    """The file of a tokenizer: `path` itself, or in a folder its tokenizer.json or, without one, tokenizer.model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    alone = not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists()
+    return folder / ("tokenizer.model" if alone else "tokenizer.json")
 
 
 def check_values(v: Values) -> list[Problem]:
     """What is missing on disk for training. Relative paths are taken from the working directory."""
     problems: list[Problem] = []
-    for look in (_train_data, _valid_data, _tokenizer, _checkpoint):
+    for look in (_train_data, _held_out_data, _cache, _tokenizer, _checkpoint):
         try:
             problems.extend(look(v))
         except Unreadable:
@@ -51,8 +55,15 @@ def _train_data(v: Values) -> Iterator[Problem]:
     yield from _pairs("data.train", v["data.train"])
 
 
-def _valid_data(v: Values) -> Iterator[Problem]:
-    yield from _pairs("data.valid", v["data.valid"])
+def _held_out_data(v: Values) -> Iterator[Problem]:
+    for key in ("data.valid", "data.test"):
+        yield from _pairs(key, v[key])
+
+
+def _cache(v: Values) -> Iterator[Problem]:
+    folder, key = v["data.cache"], "data.cache"
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        yield Problem(key, folder, "must be a folder, or a path at which one can be made; it is a file", "name another")
 
 
 def _pairs(key: str, prefixes: tuple[str, ...]) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -51,7 +52,8 @@ def iter_fields(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
             yield from iter_fields(inner, f"{prefix}{name}.")
 
 
-def leaf_fields() -> dict[str, FieldInfo]:
+@cache  # every rule asks it for every key that it reads
+def leaf_fields() -> Mapping[str, FieldInfo]:
     """The keys that take a value: all but the top-level sections. ``model.rope_scaling`` takes null or a mapping."""
     return {key: field for key, field in iter_fields() if "." in key}
 
@@ -85,6 +87,9 @@ def _describe_member(member: Any) -> str:
         return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
     if get_origin(member) is tuple:
         (item,) = _members(get_args(member)[0])
+        if item is float:
+            count = "positive" if get_args(member)[-1] is ... else len(get_args(member))
+            return f"list of {count} numbers"
         return "list of integers" if item is int else "list of paths, or one path"
     if isinstance(member, type) and issubclass(member, Section):
         return "mapping with the keys " + ", ".join(member.model_fields)
@@ -197,6 +202,8 @@ def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
         entries = value if isinstance(value, list) else [value]
         yield entries
         yield [str(entry) for entry in entries]
+        if all(isinstance(entry, int | float) for entry in entries):
+            yield [*entries, 0.0]  # one number too few
     if isinstance(value, int | float):
         yield from (limit for limit in _bounds(field, "ge") if value < limit)
         yield from (limit for limit in _bounds(field, "le") if value > limit)

@@ -96,7 +96,7 @@ def _validate(source: Source) -> tuple[RunConfig | None, list[Problem], set[str]
             invalid.add(key)
             if item["type"] == "extra_forbidden":
                 problems.append(_unknown_key(key, item["input"]))
-            elif item["type"] == "missing":
+            elif item["type"] == "missing" and not key.endswith("]"):  # an entry of a list is a matter of the list
                 problems.extend(_missing_key(key, invalid))
             else:
                 problems.append(_bad_value(key, source.tree))

@@ -9,13 +9,13 @@ from pydantic import Field
 from megatron_lite.config.section import Section, derived
 
 FFN_MULTIPLE = 64
-"""A Llama feed-forward width that is not given is rounded up to this: whole vector registers and tiles."""
+"""A SwiGLU feed-forward width that is not given is rounded up to this: whole vector registers and tiles."""
 
 
 def default_ffn_hidden_size(family: str, hidden_size: int) -> int:
     """Width of the feed-forward block when it is not given.
 
-    gpt2: 4 * hidden. llama: 8/3 * hidden, which gives SwiGLU's three matrices the parameters of two of width
+    gpt2: 4 * hidden. The others: 8/3 * hidden, which gives SwiGLU's three matrices the parameters of two of width
     4 * hidden (Shazeer 2020, arXiv:2002.05202, section 3), rounded up to `FFN_MULTIPLE`.
     """
     if family == "gpt2":
@@ -49,8 +49,9 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The architecture. Two configs that are equal here have parameters of the same names and global shapes."""
 
-    family: Literal["llama", "gpt2"] = Field(
+    family: Literal["llama", "mistral", "qwen2", "gpt2"] = Field(
         description="llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases; "
+        "mistral: as llama, with sliding_window; qwen2: as mistral, with biases on queries, keys and values; "
         "gpt2: LayerNorm, learned positions, GELU, biases"
     )
     vocab_size: int = Field(ge=2, description="number of token ids; any number, padding for tp is internal")
@@ -71,18 +72,33 @@ class ModelConfig(Section):
         description="width of one attention head, elements",
     )
     ffn_hidden_size: int = derived(
-        f"llama: 8/3 * hidden_size rounded up to {FFN_MULTIPLE}; gpt2: 4 * hidden_size",
+        f"8/3 * hidden_size rounded up to {FFN_MULTIPLE}; gpt2: 4 * hidden_size",
         lambda data: default_ffn_hidden_size(data["family"], data["hidden_size"]),
         ge=1,
         description="inner width of the feed-forward block, elements",
     )
     max_seq_len: int = Field(ge=1, description="longest sequence the model takes, tokens")
-    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies; llama only")
-    rope_scaling: RopeScaling | None = Field(default=None, description="change of the rotary frequencies; llama only")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies; not in gpt2")
+    rope_scaling: RopeScaling | None = Field(default=None, description="change of the rotary frequencies; not in gpt2")
+    sliding_window: int | None = Field(
+        default=None,
+        ge=1,
+        description="keys that a query sees, tokens: the last ones, itself included; null: all before it; "
+        "mistral and qwen2",
+    )
+    sliding_window_from: int = Field(
+        default=0,
+        ge=0,
+        description="the first layer with the sliding window, counted from 0; the layers before it see all keys; qwen2",
+    )
     norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance inside every norm")
     tie_embeddings: bool = derived(
-        "gpt2: true; llama: false",
+        "gpt2: true; the others: false",
         lambda data: data["family"] == "gpt2",
         description="whether the output head is the embedding matrix",
     )
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+
+    def window_of_layer(self, layer: int) -> int | None:
+        """Keys that a query of layer ``layer`` (counted from 0) sees, itself included, tokens; None: all before it."""
+        return self.sliding_window if layer >= self.sliding_window_from else None

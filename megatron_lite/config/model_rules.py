@@ -35,7 +35,7 @@ def heads_divide_hidden(v: Values) -> Iterator[Problem]:
 
 def head_dim_is_even(v: Values) -> Iterator[Problem]:
     head_dim = v["model.head_dim"]
-    if v["model.family"] != "llama" or head_dim % 2 == 0:
+    if v["model.family"] == "gpt2" or head_dim % 2 == 0:
         return
     if not v.given("model.head_dim") and v["model.hidden_size"] % v["model.num_heads"]:
         return  # a default that rests on a division that does not come out; that rule speaks
@@ -70,9 +70,26 @@ def rope_scaling_fits(v: Values) -> Iterator[Problem]:
         yield Problem(low, scaling.low_freq_factor, rule, "", fixes(low, legal))
 
 
+def sliding_window_fits(v: Values) -> Iterator[Problem]:
+    window, first = v["model.sliding_window"], v["model.sliding_window_from"]
+    family, num_layers = v["model.family"], v["model.num_layers"]
+    key, from_key = "model.sliding_window", "model.sliding_window_from"
+    if window is not None and family not in ("mistral", "qwen2"):
+        rule = f"must be null for {family}, in which every token sees all tokens before it"
+        mends = fixes(key, [None]) + (fixes("model.family", ["mistral"]) if family == "llama" else ())
+        yield Problem(key, window, rule, "", mends)
+    elif first and (window is None or family != "qwen2"):
+        why = "qwen2 alone has layers with and without one" if window else f"there is no {key}"
+        yield Problem(from_key, first, f"must be 0, because {why}", "", fixes(from_key, [0]))
+    elif first >= num_layers:
+        rule = f"must be less than model.num_layers = {num_layers}, so that a layer has the window"
+        yield Problem(from_key, first, rule, f"or set {key}=null", fixes(from_key, [num_layers - 1]))
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden,
     head_dim_is_even,
     kv_heads_divide_heads,
     rope_scaling_fits,
+    sliding_window_fits,
 )

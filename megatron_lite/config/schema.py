@@ -15,11 +15,13 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig, RopeScaling
 from megatron_lite.config.section import LayerCounts, Section, derived
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "InitConfig",
     "KernelsConfig",
@@ -140,7 +142,7 @@ class InitConfig(Section):
     from_hf: str | None = Field(
         default=None,
         min_length=1,
-        description="folder of a Hugging Face Llama or GPT-2 checkpoint in safetensors to start from",
+        description="folder of a Hugging Face Llama, Mistral, Qwen2 or GPT-2 checkpoint in safetensors to start from",
         json_schema_extra={"default": "random weights from train.seed"},
     )
 
@@ -162,11 +164,6 @@ class RunSettings(Section):
         default="off", description="Weights & Biases: one run for all ranks; offline writes it to disk only"
     )
     tensorboard: bool = Field(default=False, description="whether TensorBoard event files are written")
-    save_weights: bool = Field(
-        default=True,
-        description="whether the final weights are written, to dir/name/weights; `megatron-lite convert` makes a "
-        "Hugging Face folder of them",
-    )
 
 
 class KernelsConfig(Section):
@@ -189,6 +186,7 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig, validate_default=True, description="optimizer")
     data: DataConfig = Field(default_factory=DataConfig, description="token files")
     init: InitConfig = Field(default_factory=InitConfig, description="first weights")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="states of the run on disk")
     run: RunSettings = Field(default_factory=RunSettings, description="results and device")
     kernels: KernelsConfig = Field(default_factory=KernelsConfig, description="implementations of operations")
 

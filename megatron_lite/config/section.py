@@ -22,6 +22,9 @@ def _paths_to_tuple(value: Any) -> Any:
 
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_paths_to_tuple)]
 LayerCounts = Annotated[tuple[int, ...], BeforeValidator(_sequence_to_tuple)]
+Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_sequence_to_tuple)]
+Fraction = Annotated[float, Field(ge=0)]
+Split = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_sequence_to_tuple)]
 
 
 def derived(rule: str, formula: Callable[[dict[str, Any]], Any], **field: Any) -> Any:

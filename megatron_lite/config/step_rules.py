@@ -64,10 +64,11 @@ def min_lr_below_lr(v: Values) -> Iterator[Problem]:
 
 
 def evaluation_has_data(v: Values) -> Iterator[Problem]:
-    interval, key = v["train.eval_interval"], "train.eval_interval"
-    if interval and not v["data.valid"]:
+    interval, key, split = v["train.eval_interval"], "train.eval_interval", v["data.split"]
+    if interval and not v["data.valid"] and not (split and split[1]):
         rule = "asks for evaluations, but data.valid is empty"
-        yield Problem(key, interval, rule, "or give data.valid", fixes(key, [0]))
+        remedy = "or give data.valid, or a part of data.train by data.split"
+        yield Problem(key, interval, rule, remedy, fixes(key, [0]))
 
 
 def kernel_fits_device(v: Values) -> Iterator[Problem]:

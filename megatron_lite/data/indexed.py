@@ -62,6 +62,19 @@ def _code_of(dtype: np.dtype[Any]) -> int:
     raise DataError(f"dtype {dtype} cannot be stored in a .bin file; use one of {[str(d) for d in DTYPES.values()]}")
 
 
+def write_index(file: AtomicFile, dtype: np.dtype[Any], lengths: NDArray[Any], documents: NDArray[Any]) -> None:
+    """Write the .idx of a .bin whose sequences lie one after the other.
+
+    lengths [N]: tokens in each sequence. documents [D + 1]: sequence at which each document begins, and N.
+    """
+    pointers = np.zeros(len(lengths), dtype="<i8")
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    file.write(HEADER.pack(MAGIC, VERSION, _code_of(dtype), len(lengths), len(documents)))
+    file.write(lengths.astype("<i4").tobytes())
+    file.write((pointers * dtype.itemsize).tobytes())
+    file.write(documents.astype("<i8").tobytes())
+
+
 class IndexedWriter:
     """Writes one `.bin`/`.idx` pair, byte for byte what Megatron-Core writes.
 
@@ -79,7 +92,7 @@ class IndexedWriter:
         self.bin_path, self.idx_path = pair_paths(prefix)
         self.dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
         self.num_tokens = 0
-        self._code = _code_of(self.dtype)
+        _code_of(self.dtype)  # raises now rather than when all is written
         self._lengths = array("i")  # arrays: a list of a billion Python integers would not fit
         self._documents = array("q", [0])
         self._open_tokens = 0
@@ -119,15 +132,9 @@ class IndexedWriter:
     def finish(self) -> None:
         """Bring both files to the disk under their temporary names."""
         assert self._open_tokens == 0, "end_document is missing"
-        lengths = np.asarray(self._lengths, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
         self._bin.finish()
         self._idx = AtomicFile(self.idx_path)
-        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(self._documents)))
-        self._idx.write(lengths.tobytes())
-        self._idx.write((pointers * self.dtype.itemsize).tobytes())
-        self._idx.write(np.asarray(self._documents, dtype="<i8").tobytes())
+        write_index(self._idx, self.dtype, np.asarray(self._lengths), np.asarray(self._documents))
         self._idx.finish()
 
     def commit(self) -> None:
@@ -188,7 +195,8 @@ class IndexedReader:
         self.sequence_lengths: NDArray[np.int32] = index[ends[0] : ends[1]].view("<i4")
         self.sequence_pointers: NDArray[np.int64] = index[ends[1] : ends[2]].view("<i8")
         self.document_indices: NDArray[np.int64] = index[ends[2] : ends[3]].view("<i8")
-        self.num_tokens, contiguous, needed_bytes = self._check_sequences()
+        # Megatron's own files have no jumps and need no table. One made by hand may reorder or share sequences.
+        self.num_tokens, self.is_contiguous, needed_bytes = self._check_sequences()
         self._check_documents()
         if self.num_tokens == 0:
             raise DataError(f"{self.bin_path}: holds no tokens; make it again with `megatron-lite data`")
@@ -199,9 +207,8 @@ class IndexedReader:
             )
         whole = bin_bytes // self.dtype.itemsize
         self.tokens: NDArray[Any] = np.memmap(self.bin_path, self.dtype, "r", shape=(whole,)).view(np.ndarray)
-        # Megatron's own files are contiguous and need no table. One made by hand may reorder or share sequences.
         self._starts: NDArray[np.int64] | None = None
-        if not contiguous:
+        if not self.is_contiguous:
             self._starts = np.zeros(num_sequences + 1, dtype=np.int64)
             np.cumsum(self.sequence_lengths, dtype=np.int64, out=self._starts[1:])
 
@@ -221,10 +228,14 @@ class IndexedReader:
             return self.num_tokens
         return self._sequence_start(int(self.document_indices[document]))
 
-    def document_at(self, position: int) -> int:
-        """The document that holds the token at `position` (the last one that begins there or before)."""
-        # bisect rather than np.searchsorted: the index is not aligned in the file, and numpy would copy all of it.
-        return bisect_right(range(self.num_documents), position, key=self.document_start) - 1
+    def document_starts(self) -> NDArray[np.int64]:
+        """Positions in the stream at which documents begin that have tokens, rising strictly, int64 [at most D]."""
+        starts = np.empty(self.num_documents, dtype=np.int64)
+        for first in range(0, len(starts), _CHECK_BLOCK):
+            sequences = self.document_indices[first : min(first + _CHECK_BLOCK, len(starts))].astype(np.int64)
+            starts[first : first + len(sequences)] = self._sequence_starts(sequences)
+        begins = np.diff(starts, append=self.num_tokens) > 0
+        return starts if begins.all() else starts[begins]
 
     def document(self, document: int) -> NDArray[Any]:
         """The tokens [n] of one document, in the dtype of the file."""
@@ -253,6 +264,15 @@ class IndexedReader:
         if sequence == self.num_sequences:
             return self.num_tokens
         return int(self.sequence_pointers[sequence]) // self.dtype.itemsize
+
+    def _sequence_starts(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`_sequence_start` of rising numbers of sequences, int64 [n], at most `_CHECK_BLOCK` documents of them."""
+        if self._starts is not None:
+            return self._starts[sequences]
+        first = int(sequences[0])
+        pointers = self.sequence_pointers[first : int(sequences[-1]) + 1].astype(np.int64)
+        starts = np.append(pointers // self.dtype.itemsize, self.num_tokens)
+        return starts[sequences - first]
 
     def _read_header(self, idx_bytes: int) -> tuple[np.dtype[Any], int, int]:
         with self.idx_path.open("rb") as file:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from megatron_lite.data.dataset import Sample, TokenDataset
-from megatron_lite.data.order import SampleOrder, batch_indices
+from megatron_lite.data.dataset import SampleRows, Samples
+from megatron_lite.data.order import Order, batch_indices
 from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
 
 
@@ -31,8 +33,8 @@ class Microbatch:
 class BatchLoader:
     """Gives data-parallel rank `dp_rank` its part of any global batch.
 
-    With `prefetch`, a thread reads the next step while this one is computed; an error in it is raised by the call
-    that asks for that step.
+    With `prefetch`, a thread reads the next global batch while this one is computed; an error in it is raised by the
+    call that asks for that batch.
 
     Raises:
         ValueError: the global batch is no multiple of micro_batch_size * dp.
@@ -40,8 +42,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
-        order: SampleOrder,
+        dataset: Samples,
+        order: Order,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -56,7 +58,7 @@ class BatchLoader:
         self.micro_batch_size = micro_batch_size
         self.dp = dp
         self.dp_rank = dp_rank
-        self._indices(0)  # a batch that does not divide is refused here, not at the first step
+        self._places(0)  # a batch that does not divide is refused here, not at the first step
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._next: tuple[int, Future[list[Microbatch]]] | None = None
 
@@ -65,20 +67,23 @@ class BatchLoader:
         """Microbatches that each rank computes in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
-    def batch(self, step: int) -> list[Microbatch]:
-        """This rank's microbatches of global batch `step` (from 0), [micro_batch_size, S] each.
+    def batch(self, consumed: int) -> list[Microbatch]:
+        """This rank's microbatches of the global batch that begins at sample `consumed`, [micro_batch_size, S] each.
+
+        consumed: samples that were read before, over all ranks and epochs.
 
         Raises:
             DataError: a token id outside the dataset's vocabulary.
         """
         if self._reader is None:
-            return self._read(step)
+            return self._read(consumed)
         pending, self._next = self._next, None
-        if pending is not None and pending[0] == step:
+        if pending is not None and pending[0] == consumed:
             microbatches = pending[1].result()
         else:
-            microbatches = self._reader.submit(self._read, step).result()
-        self._next = (step + 1, self._reader.submit(self._read, step + 1))
+            microbatches = self._reader.submit(self._read, consumed).result()
+        following = consumed + self.global_batch_size
+        self._next = (following, self._reader.submit(self._read, following))
         return microbatches
 
     def num_eval_batches(self, num: int) -> int:
@@ -91,8 +96,8 @@ class BatchLoader:
         Where the dataset ends before the last batch is full, fillers take the missing places, so that every rank
         runs the same microbatches; all targets of a filler are `IGNORED_TARGET`.
         """
-        for step in range(self.num_eval_batches(num)):
-            yield [self._microbatch(places) for places in self._indices(step)]
+        for number in range(self.num_eval_batches(num)):
+            yield self._microbatches(np.array(self._places(number * self.global_batch_size)))
 
     def close(self) -> None:
         """Stop the prefetching thread."""
@@ -100,30 +105,29 @@ class BatchLoader:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._reader, self._next = None, None
 
-    def _indices(self, step: int) -> list[range]:
-        return batch_indices(step, self.global_batch_size, self.dp, self.dp_rank, self.micro_batch_size)
+    def sample_ids(self, consumed: int) -> NDArray[np.int64]:
+        """The samples of the global batch at `consumed` that this rank reads, int64 [microbatches, B of each]."""
+        places = self._places(consumed)
+        ids = self.order.ids(places[0].start, places[-1].stop - places[0].start)
+        return ids.reshape(len(places), self.micro_batch_size)
 
-    def _read(self, step: int) -> list[Microbatch]:
-        return [self._microbatch([self.order[k] for k in places]) for places in self._indices(step)]
+    def _places(self, consumed: int) -> list[range]:
+        return batch_indices(consumed, self.global_batch_size, self.dp, self.dp_rank, self.micro_batch_size)
 
-    def _microbatch(self, indices: Sequence[int]) -> Microbatch:
-        """The samples `indices` side by side; an index past the end of the dataset is a filler."""
-        last = len(self.dataset) - 1
-        samples = [self.dataset.sample(min(index, last)) for index in indices]
-        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-        # Contiguous: a view of [B, S + 1] would make every consumer that flattens it copy. The targets are a copy even
-        # where one row is contiguous as it is, for fillers are written into them.
-        targets = tokens[:, 1:].clone(memory_format=torch.contiguous_format)
-        for row, index in enumerate(indices):
-            if index > last:
-                targets[row] = IGNORED_TARGET
-        documents, positions = _stack_documents(samples)
-        return Microbatch(tokens[:, :-1].contiguous(), targets, documents, positions)
+    def _read(self, consumed: int) -> list[Microbatch]:
+        return self._microbatches(self.sample_ids(consumed))
 
+    def _microbatches(self, ids: NDArray[np.int64]) -> list[Microbatch]:
+        """The samples `ids` [microbatches, B]; an id past the end of the dataset is a filler.
 
-def _stack_documents(samples: Sequence[Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    documents = [sample.document_ids for sample in samples if sample.document_ids is not None]
-    positions = [sample.positions for sample in samples if sample.positions is not None]
-    if not documents:
-        return None, None
-    return torch.from_numpy(np.stack(documents)), torch.from_numpy(np.stack(positions))
+        All are read into one array, whose parts are the microbatches: contiguous, so that no consumer copies.
+        """
+        flat, last = ids.reshape(-1), len(self.dataset) - 1
+        out = SampleRows.empty(len(flat), self.dataset.seq_len, self.dataset.isolate_documents)
+        self.dataset.fill(np.minimum(flat, last), np.arange(len(flat)), out)
+        out.targets[flat > last] = IGNORED_TARGET
+
+        def split(array: NDArray[Any] | None) -> Sequence[Any]:
+            return torch.from_numpy(array).split(ids.shape[1]) if array is not None else [None] * len(ids)
+
+        return list(map(Microbatch, *map(split, (out.tokens, out.targets, out.documents, out.positions))))

@@ -1,47 +1,20 @@
-"""Byte-level BPE tokenizers, in Hugging Face `tokenizers` files."""
+"""Tokenizers as files: those of Hugging Face `tokenizers`, and SentencePiece models."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from megatron_lite.config.files import tokenizer_path
+from megatron_lite.data.sentencepiece import SUFFIX, read_sentencepiece
 from megatron_lite.utils.files import AtomicFile, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What tokenizers in use call the token that ends a document, in the order in which they are looked for.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
-MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE (Sennrich et al., 2016; on bytes as in GPT-2): any text goes in and comes back unchanged.
-
-    `<|endoftext|>` has id 0. A text too small for `vocab_size` tokens gives a smaller vocabulary. The same texts in
-    the same order give the same tokenizer.
-
-    Raises:
-        ValueError: vocab_size is below 257.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small for a byte-level tokenizer; the least is {MIN_VOCAB_SIZE} "
-            f"(256 bytes and {END_OF_DOCUMENT})"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
@@ -51,7 +24,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer.json, or the one in the folder `path`.
+    """Load a tokenizer.json or a SentencePiece .model, or the one in the folder `path`.
 
     Raises:
         DataError: no such file, or not a tokenizer.
@@ -62,12 +35,66 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"{file}: no such tokenizer; train one with `megatron-lite data`, or name the tokenizer.json (or its "
             "folder) of a Hugging Face model"
         )
+    if file.suffix == SUFFIX:
+        return read_sentencepiece(file)
     try:
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except Exception as error:  # tokenizers raises a bare Exception for whatever it cannot parse
         raise DataError(f"{file}: is not a tokenizer of Hugging Face `tokenizers`: {error}") from error
+
+
+def declared_end(path: str | os.PathLike[str]) -> str | None:
+    """The `eos_token` of the tokenizer_config.json beside a tokenizer; None without one.
+
+    Raises:
+        DataError: the file is there, and is no JSON object.
+    """
+    file = tokenizer_path(path).parent / "tokenizer_config.json"
+    try:
+        declared = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file}: is no JSON object ({error}); copy it again, or name the token with --end-token"
+        ) from error
+    return declared.get("content") if isinstance(declared, dict) else declared
+
+
+def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that encodes a text of any length, and what reads like a special token as the text that it is."""
+    copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+def as_continuation(tokenizer: Tokenizer) -> Tokenizer | None:
+    """The tokenizer for what does not stand at the beginning of a text; None if it is the same.
+
+    Many tokenizers put a space before a text. One that is encoded in pieces must get it once.
+    """
+    whole = json.loads(tokenizer.to_str())
+    rest = {**whole, **{part: _without_prefix(whole[part]) for part in ("normalizer", "pre_tokenizer")}}
+    return None if rest == whole else Tokenizer.from_str(json.dumps(rest))
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    if part is None or part["type"] == "Prepend" or str(part.get("pattern", {}).get("Regex")).startswith(r"\A(?!"):
+        return None  # the last is what `read_sentencepiece` puts in place of a Prepend
+    if part["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, key: [kept for inner in part[key] if (kept := _without_prefix(inner)) is not None]}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never"}
+    if part["type"] == "ByteLevel":
+        return {**part, "add_prefix_space": False}
+    return part
 
 
 def tokenizer_vocab_size(tokenizer: Tokenizer) -> int:

@@ -69,6 +69,13 @@ def all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Tensor:
     return start_all_gather(shard, axis, out).wait()
 
 
+def broadcast(tensor: Tensor, axis: Axis, from_index: int) -> Tensor:
+    """Fills ``tensor`` with that of the rank at ``from_index``, in place, and returns it. Shapes and dtypes agree."""
+    if axis.size > 1:
+        dist.broadcast(tensor, src=axis.ranks[from_index], group=axis.group)
+    return tensor
+
+
 class PendingSum(Pending):
     """A reduce-scatter under way: the slices travel, and ``wait()`` adds them in rank order."""
 

@@ -12,6 +12,7 @@ write to files. Whatever ends a rank ends all of them within seconds, with one m
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import json
@@ -41,6 +42,8 @@ LOST_PEER_PATIENCE_S = 5.0
 PORT_REMEDY = "choose another with --port, or leave it out: a free one is taken"
 LOG_TAIL_LINES = 30
 AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# How long ranks may take to end after a signal, before they are killed: they finish their step and write a checkpoint.
+STOP_GRACE_S = 600
 # Set in the ranks of `launch_local`, whose errors the launching process prints.
 QUIET_VARIABLE = "MEGATRON_LITE_LAUNCHED"
 PRELOAD = ("torch.distributed.device_mesh", "torch.distributed.elastic.multiprocessing.api", __name__)
@@ -196,7 +199,11 @@ def _run_agent(task: _Task, nproc: int, port: int | None, error_dir: Path) -> _R
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Not every torch has the field; it then waits for 30 seconds.
+    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
+    grace: dict[str, Any] = {"shutdown_timeout": STOP_GRACE_S} if "shutdown_timeout" in fields else {}
     config = LaunchConfig(
+        **grace,
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
@@ -232,6 +239,7 @@ def _run_agent(task: _Task, nproc: int, port: int | None, error_dir: Path) -> _R
 def _rank_main(task: _Task) -> None:
     """The life of a rank, from its fork to its end. A failure leaves at once, whatever threads still run."""
     # The default action works even while the process waits inside a collective, where no Python handler would run.
+    # A function that has something to keep takes the signals over while it does (`megatron_lite.train.stop`).
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_agent, args=(task.lifeline,), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,16 @@ def build_mesh(layout: Layout, *, device: torch.device) -> Mesh:
     pp_return = along("pp", _second_group_of(layout, rank, "pp"))
     world = Axis("world", world_size, rank, range(world_size), torch.distributed.group.WORLD)
     return Mesh(layout=layout, rank=rank, device=device, pp_return=pp_return, world=world, **axes)
+
+
+def second_world(mesh: Mesh) -> Axis:
+    """All ranks once more, in a group on gloo that nothing else uses: for a thread that talks while the steps do.
+
+    Every rank calls it, at the same place among the groups that it makes.
+    """
+    alone = mesh.world.size == 1
+    group = None if alone else torch.distributed.new_group(list(mesh.world.ranks), backend="gloo")
+    return dataclasses.replace(mesh.world, group=group)
 
 
 def _second_group_of(layout: Layout, rank: int, axis: str) -> ProcessGroup | None:

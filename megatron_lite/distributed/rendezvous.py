@@ -151,14 +151,14 @@ def world(
     *,
     timeout_s: float = 600.0,
     threads: int | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Iterator[Rendezvous]:
     """The default process group for the length of a `with` block.
 
     Reads `environ` (default: the process's) once, sets torch's number of threads (default: the cores this process may
     use, divided among the ranks of this host), joins the group, and leaves it: after a barrier when all went well, so
     that no rank breaks the last messages of another, and at once when the block raised. `device="cpu"` leaves the
-    GPUs of the host alone; `device="cuda"` insists on one.
+    GPUs of the host alone; `device="cuda"` insists on one; "auto" takes them where there is one for each rank here.
 
     Raises ValueError for an environment that makes no sense, RendezvousError if the ranks do not meet.
     """
@@ -167,7 +167,10 @@ def world(
         raise ValueError(
             "device is 'cuda', but torch finds no CUDA device; use 'cpu', or install a CUDA build of torch"
         )
-    rendezvous = discover(os.environ if environ is None else environ, num_cuda_devices=num_cuda_devices)
+    environ = os.environ if environ is None else environ
+    if device == "auto" and num_cuda_devices < discover(environ).local_world_size:
+        num_cuda_devices = 0
+    rendezvous = discover(environ, num_cuda_devices=num_cuda_devices)
     if rendezvous.local_world_size == rendezvous.world_size:
         use_loopback()
     threads_before = torch.get_num_threads()

@@ -16,12 +16,15 @@ class Family:
     norm: str  # 'rms_norm' or 'layer_norm'
     positions: str  # 'rotary' or 'learned'
     activation: str  # 'swiglu' or 'gelu'
-    biases: bool
+    biases: bool  # of the projections other than q, k and v, which go by `qkv_bias`
+    qkv_bias: bool
 
 
 FAMILIES = {
-    "llama": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False),
-    "gpt2": Family(norm="layer_norm", positions="learned", activation="gelu", biases=True),
+    "llama": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=False),
+    "mistral": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=False),
+    "qwen2": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=True),
+    "gpt2": Family(norm="layer_norm", positions="learned", activation="gelu", biases=True, qkv_bias=True),
 }
 
 
@@ -68,10 +71,10 @@ def _layer(config: ModelConfig, family: Family, prefix: str) -> list[ParameterSp
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     return [
         *_norm(family, prefix + "attention_norm", hidden),
-        *_column(config, family, prefix + "attention.qkv", (query, key, key)),
+        *_column(config, prefix + "attention.qkv", (query, key, key), family.qkv_bias),
         *_row(family, prefix + "attention.out", (hidden, query.size), (query,), residual_std),
         *_norm(family, prefix + "mlp_norm", hidden),
-        *_column(config, family, prefix + "mlp.up", up),
+        *_column(config, prefix + "mlp.up", up, family.biases),
         *_row(family, prefix + "mlp.down", (hidden, ffn), (Block(ffn),), residual_std),
     ]
 
@@ -82,11 +85,11 @@ def _norm(family: Family, name: str, hidden: int) -> list[ParameterSpec]:
     return [weight, bias] if family.norm == "layer_norm" else [weight]
 
 
-def _column(config: ModelConfig, family: Family, name: str, blocks: tuple[Block, ...]) -> list[ParameterSpec]:
+def _column(config: ModelConfig, name: str, blocks: tuple[Block, ...], bias: bool) -> list[ParameterSpec]:
     rows = sum(block.size for block in blocks)
     shape = (rows, config.hidden_size)
     specs = [ParameterSpec(f"{name}.weight", shape, shard_dim=0, blocks=blocks, std=config.init_std)]
-    if family.biases:
+    if bias:
         specs.append(ParameterSpec(f"{name}.bias", (rows,), shard_dim=0, blocks=blocks, decay=False, init="zeros"))
     return specs
 

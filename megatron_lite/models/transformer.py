@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_lite.config.schema import KernelsConfig, ModelConfig
+from megatron_lite.models.cache import KVCache, Past
 from megatron_lite.models.families import FAMILIES, Family
 from megatron_lite.models.positions import rotary_angles
 from megatron_lite.ops.attention import attention
@@ -33,7 +34,8 @@ class Sequences:
     """What the blocks need to know of a microbatch besides its activations.
 
     positions: int64 ``[B or 1, S]``. documents: int ``[B, S]``, the document each token belongs to, or None where
-    a token may see every token before it. rotary: cosines and sines, for families that rotate.
+    a token may see every token before it. rotary: cosines and sines, for families that rotate. past: the tokens before
+    these, which generation keeps in a cache; these are added to them.
     """
 
     batch_size: int
@@ -41,6 +43,7 @@ class Sequences:
     positions: Tensor
     documents: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    past: Past | None = None
 
 
 class Linear(nn.Module):
@@ -101,11 +104,12 @@ class InputEmbedding(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped key-value heads. The weights say how many heads there are."""
 
-    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig, layer: int) -> None:
         super().__init__()
+        self.layer, self.window = layer, config.window_of_layer(layer)
         self.head_dim, self.backend = config.head_dim, kernels.attention
         query, key = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.qkv = Linear(config.hidden_size, (query, key, key), bias=family.biases)
+        self.qkv = Linear(config.hidden_size, (query, key, key), bias=family.qkv_bias)
         self.out = Linear(query, (config.hidden_size,), bias=family.biases)
 
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
@@ -114,7 +118,18 @@ class Attention(nn.Module):
         q_BSND, k_BSKD, v_BSKD = split_projections(self.qkv(x_TH), shapes)
         if sequences.rotary is not None:
             q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary)
-        mixed_BSND = attention(q_BSND, k_BSKD, v_BSKD, documents=sequences.documents, backend=self.backend)
+        past, lengths = sequences.past, None
+        if past is not None:
+            (k_BSKD, v_BSKD), lengths = past.extend(self.layer, k_BSKD, v_BSKD), past.lengths
+        mixed_BSND = attention(
+            q_BSND,
+            k_BSKD,
+            v_BSKD,
+            documents=sequences.documents,
+            window=self.window,
+            lengths=lengths,
+            backend=self.backend,
+        )
         return self.out(mixed_BSND.flatten(2).flatten(0, 1))
 
 
@@ -136,10 +151,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = Norm(config, family, kernels)
-        self.attention = Attention(config, family, kernels)
+        self.attention = Attention(config, family, kernels, layer)
         self.mlp_norm = Norm(config, family, kernels)
         self.mlp = MLP(config, family)
 
@@ -179,18 +194,34 @@ class Transformer(nn.Module):
         family = FAMILIES[config.family]
         self.config, self.rotates = config, family.positions == "rotary"
         self.embedding = InputEmbedding(config, family)
-        self.layers = nn.ModuleDict({str(i): Block(config, family, kernels) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(config, family, kernels, i) for i in range(config.num_layers)})
         self.final_norm = Norm(config, family, kernels)
         self.head = LossHead(config)
 
     def sequences(
-        self, batch_size: int, seq_len: int, positions: Tensor | None, documents: Tensor | None, like: Tensor
+        self,
+        batch_size: int,
+        seq_len: int,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        like: Tensor,
+        past: Past | None = None,
     ) -> Sequences:
         """Describes a microbatch; ``like`` gives the device and, if it is floating point, the compute dtype."""
         if positions is None:
             positions = torch.arange(seq_len, device=like.device)[None]
         rotary_table = rotary_angles(self.config, positions, like.dtype) if self.rotates else None
-        return Sequences(batch_size, seq_len, positions, documents, rotary_table)
+        return Sequences(batch_size, seq_len, positions, documents, rotary_table, past)
+
+    def new_cache(self, batch_size: int, max_len: int, like: Tensor) -> KVCache:
+        """A cache for the layers and heads that are here; ``like`` gives the device and the compute dtype."""
+        layers = list(self.layers.values())
+        first, last = layers[0], layers[-1]
+        assert isinstance(first, Block) and isinstance(last, Block)
+        own = range(first.attention.layer, last.attention.layer + 1)
+        head_dim = first.attention.head_dim
+        num_kv_heads = first.attention.qkv.split_sizes[1] // head_dim
+        return KVCache(own, batch_size, max_len, num_kv_heads, head_dim, dtype=like.dtype, device=like.device)
 
     def hidden(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Token ids ``[B, S]`` on the first stage, activations ``[T, H]`` on others, to activations ``[T, H]``."""

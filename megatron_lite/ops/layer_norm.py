@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lite.ops import native
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of x[..., D] with weight[D] and bias[D]; the result has x's shape and dtype.
@@ -25,6 +27,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     assert x.shape[-1:] == weight.shape == bias.shape, f"{tuple(x.shape)} {tuple(weight.shape)} {tuple(bias.shape)}"
     if torch.compiler.is_compiling():  # the compiler fuses the plain form
         return layer_norm_reference(x, weight, bias, eps)
+    if native.runs_bare():
+        return _kernel(x, weight, bias, eps)[0]
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
@@ -40,12 +44,17 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's own kernel: y, and the mean and the reciprocal of the deviation of each row."""
+    # On the CPU torch keeps the statistics in the weight's dtype, on CUDA in fp32 with a weight of x's dtype.
+    kernel_weight, kernel_bias = (_wide(t) if x.device.type == "cpu" else t.to(x.dtype) for t in (weight, bias))
+    return torch.native_layer_norm(x, weight.shape, kernel_weight, kernel_bias, eps)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        # On the CPU torch keeps the statistics in the weight's dtype, on CUDA in fp32 with a weight of x's dtype.
-        kernel_weight, kernel_bias = (_wide(t) if x.device.type == "cpu" else t.to(x.dtype) for t in (weight, bias))
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, kernel_weight, kernel_bias, eps)
+        y, mean, rstd = _kernel(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 

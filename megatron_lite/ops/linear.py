@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Gradient of x: ``g W``; of the weight: ``g^T x``, see the file's header; of the bias: the sum of g over tokens.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 

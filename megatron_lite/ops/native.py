@@ -51,17 +51,24 @@ def define_operator(
 
 
 @functools.cache
-def _build_report() -> dict[str, str | None]:
+def build_report() -> dict[str, str | None]:
+    """What setup.py wrote down: 'cpu', 'cuda' and 'index' with None, or why the part is missing; empty if unbuilt."""
     if not BUILD_REPORT.exists():
         return {}
     return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
+
+
+def runs_bare() -> bool:
+    """Whether a kernel may be called without the operator around it, which costs a small tensor more than the kernel:
+    nobody asks for a gradient, and nobody traces."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 @functools.cache
 def missing_cpu() -> str | None:
     """Loads the native library. None when its CPU kernels are registered, else a sentence with reason and remedy."""
     if not LIBRARY.exists():
-        reason = _build_report().get("cpu") or "the package was not built"
+        reason = build_report().get("cpu") or "the package was not built"
         return f"the native library is not there ({reason}); install a C++20 compiler, {_REBUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
@@ -76,7 +83,7 @@ def missing_cuda() -> str | None:
     if (missing := missing_cpu()) is not None:
         return missing
     if not hasattr(torch.ops.megatron_lite_cuda, "rms_norm"):
-        reason = _build_report().get("cuda") or "the library holds no CUDA kernels"
+        reason = build_report().get("cuda") or "the library holds no CUDA kernels"
         return f"built without CUDA kernels ({reason}); install the CUDA toolkit (nvcc), {_REBUILD}"
     return _missing_gpu()
 

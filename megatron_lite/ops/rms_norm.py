@@ -33,6 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     is_too_wide = chosen_triton and weight.numel() > native.triton_kernels("rms_norm").MAX_DIM
     if choice.backend == "reference" or is_too_wide:
         return rms_norm_reference(x, weight, eps)
+    if choice.backend == "cpu" and native.runs_bare():
+        return _forward_cpu(x, weight, eps)[0]
     return getattr(torch.ops.megatron_lite, f"rms_norm_{choice.backend}")(x, weight, eps)[0]
 
 

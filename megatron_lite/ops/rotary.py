@@ -40,6 +40,8 @@ def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     choice = dispatch.select("rotary", "auto", x.dtype, x.device.type)
     if choice.backend == "cpu" and cos.dtype == torch.float32:
+        if native.runs_bare():
+            return _kernel_cpu(x, cos, sin, False)
         return torch.ops.megatron_lite.rotary_cpu(x, cos, sin, False)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses itself what to keep
         return _rotate_reference(x, cos, sin)

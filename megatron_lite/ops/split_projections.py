@@ -16,7 +16,7 @@ from torch import Tensor
 def split_projections(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
     """``[T, sum of widths]`` to views of the given shapes ``[B, S, heads, D]``, with ``B * S = T`` and widths
     ``heads * D``, side by side."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return split_projections_reference(x, shapes)
     return _SplitProjections.apply(x, tuple(shapes))
 

@@ -25,6 +25,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     assert gate_up.shape[-1] % 2 == 0, f"the last dimension holds gate and up, so it is even: {tuple(gate_up.shape)}"
     if dispatch.select("swiglu", "auto", gate_up.dtype, gate_up.device.type).backend == "cpu":
+        if native.runs_bare():
+            return _forward_cpu(gate_up)
         return torch.ops.megatron_lite.swiglu_cpu(gate_up)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses itself what to keep
         return swiglu_reference(gate_up)

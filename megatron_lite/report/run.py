@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.data.prepare import CorpusSummary, read_summary
+from megatron_lite.report.series import is_drawable
 from megatron_lite.utils import run_files
 from megatron_lite.utils.files import DataError
 
@@ -23,11 +25,13 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """records: the objects of metrics.jsonl, in order, at least one."""
+    """records: the objects of metrics.jsonl in order of their steps, at least one. resumes: the first steps of the
+    processes that went on with the run, as far as the records show it."""
 
     folder: Path
     config: RunConfig
     records: tuple[Mapping[str, float], ...]
+    resumes: tuple[int, ...] = ()
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) where the value is there."""
@@ -43,20 +47,39 @@ def read_run(folder: Path) -> Run:
     path = folder / run_files.METRICS
     if not path.is_file():
         raise ReportError(f"{folder}: has no {run_files.METRICS}; name the folder of a run, such as runs/quickstart")
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    records: list[Mapping[str, float]] = []
+    resumes: list[int] = []
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            record["step"], record["loss"]
-        except (ValueError, TypeError, KeyError):
+            record = _record(line)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             if number == len(lines):
                 break  # the line that a full disk or a kill cut short
             raise ReportError(f"{path}:{number}: is no record of a step; remove the line, or train again") from None
+        if records and _begins_anew(records[-1], record):
+            resumes = [step for step in resumes if step < record["step"]] + [int(record["step"])]
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
         records.append(record)
     if not records:
         raise ReportError(f"{path}: has no step yet; wait for the first one, or train again")
-    return Run(folder, load_config(folder / run_files.CONFIG), tuple(records))
+    return Run(folder, load_config(folder / run_files.CONFIG), tuple(records), tuple(resumes))
+
+
+def _begins_anew(before: Mapping[str, float], record: Mapping[str, float]) -> bool:
+    """Whether other processes wrote a record than the one before: they went back, or have used less memory so far."""
+    less_memory = record.get("peak_memory_bytes", math.inf) < before.get("peak_memory_bytes", 0)
+    return record["step"] <= before["step"] or less_memory
+
+
+def _record(line: bytes) -> dict[str, float]:
+    """The numbers of one line, integers as they are; raises what a line without a step and a loss gives."""
+    values = {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
+    if not isinstance(values["step"], int) or not is_drawable(values["step"]):
+        raise TypeError("a step is a whole number")
+    values["loss"]
+    return values
 
 
 def evaluated_share(run: Run) -> float | None:

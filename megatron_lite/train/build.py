@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megatron_lite.config.layout_rules import even_stages
-from megatron_lite.config.schema import RunConfig
+from megatron_lite.config.schema import KernelsConfig, ModelConfig, RunConfig
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.topology import Layout
 from megatron_lite.models.families import parameter_table
@@ -66,14 +67,18 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
     table = parameter_table(config.model)
     stage_layers = config.parallel.stage_layers or even_stages(config.model.num_layers, config.parallel.pp)
 
-    with torch.device("meta"):
-        model = Transformer(config.model, config.kernels)
-    apply_tensor_parallel(model, table, tp=mesh.tp, sequence_parallel=config.parallel.sequence_parallel)
-    cut_stage(model, stage_layers, mesh.pp.index)
+    model = build_stage(
+        config.model,
+        config.kernels,
+        mesh=mesh,
+        precision=precision,
+        stage_layers=stage_layers,
+        sequence_parallel=config.parallel.sequence_parallel,
+        weights=weights or _drawn_from(config.train.seed, precision.master),
+    )
     if model.head is not None:
         # GPipe holds every microbatch's graph at once: the gradients of the head would be held as often.
         model.head.saves_gradients = config.parallel.schedule != "gpipe"
-    _materialise(model, table, mesh, precision, weights or _drawn_from(config.train.seed, precision.master))
 
     engine = ZeroEngine(
         dict(model.named_parameters(remove_duplicate=False)),
@@ -107,6 +112,29 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
         targets_axis=mesh.dp,
         norm_axis=mesh.world,
     )
+
+
+def build_stage(
+    model: ModelConfig,
+    kernels: KernelsConfig,
+    *,
+    mesh: Mesh,
+    precision: Precision,
+    stage_layers: Sequence[int],
+    sequence_parallel: bool,
+    weights: WeightSource,
+) -> Transformer:
+    """This rank's stage of the model, sliced over tp, with its weights on the device in the master dtype.
+
+    stage_layers: number of layers of each pipeline stage. weights: gives this rank's shard of every parameter.
+    """
+    table = parameter_table(model)
+    with torch.device("meta"):
+        stage = Transformer(model, kernels)
+    apply_tensor_parallel(stage, table, tp=mesh.tp, sequence_parallel=sequence_parallel)
+    cut_stage(stage, stage_layers, mesh.pp.index)
+    _materialise(stage, table, mesh, precision, weights)
+    return stage
 
 
 def stage_of(name: str, stage_layers: tuple[int, ...]) -> int:

@@ -5,10 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_lite.config.files import pair_paths
 from megatron_lite.config.schema import RunConfig
-from megatron_lite.data import BatchLoader, DataError, SampleOrder, TokenDataset
+from megatron_lite.data import (
+    BatchLoader,
+    BlendedDataset,
+    BlendedOrder,
+    DataError,
+    IndexCache,
+    Order,
+    SampleOrder,
+    Samples,
+    TokenDataset,
+    cache_folders,
+    split_fractions,
+)
 from megatron_lite.data.prepare import read_summary
 from megatron_lite.data.tokenizer import load_tokenizer, tokenizer_vocab_size
 from megatron_lite.distributed.mesh import Mesh
@@ -43,17 +56,55 @@ def open_corpus(config: RunConfig, mesh: Mesh) -> Corpus:
     tokenizer that has more tokens than the model.
     """
     check_tokenizer(config)
-    train = _open(config, config.data.train)
-    order = SampleOrder(len(train), config.train.seed, config.data.shuffle)
-    valid = _open(config, config.data.valid) if config.data.valid else None
-    for dataset in (train, valid):
-        if dataset is not None and mesh.world.is_first and dataset.num_tokens <= SCANNED_TOKENS:
-            dataset.check_token_ids(config.model.vocab_size)
+    cache = _cache(config, config.data.train)
+    sources = _training_sources(config, cache)
+    train, order = _in_order(config, sources, cache)
+    files = held_out_files(config, "valid")
+    valid = _open(config, *files, _cache(config, files[0])) if files is not None else None
+    for datasets in (sources, [valid] if valid is not None else []):
+        if mesh.world.is_first and sum(dataset.num_tokens for dataset in datasets) <= SCANNED_TOKENS:
+            for dataset in datasets:
+                dataset.check_token_ids(config.model.vocab_size)
     return Corpus(
         train=_loader(config, mesh, train, order, prefetch=True),
         valid=None if valid is None else _loader(config, mesh, valid, SampleOrder(len(valid), 0, shuffle=False)),
         valid_tokens_per_byte=tokens_per_byte(config.data.valid),
     )
+
+
+def held_out_files(
+    config: RunConfig, part: Literal["valid", "test"]
+) -> tuple[tuple[str, ...], tuple[float, float]] | None:
+    """The validation or the test data: prefixes, and the fractions of their documents (see `TokenDataset`).
+
+    These are pairs of their own, or what data.split keeps of the training pairs; None if the config has neither.
+    """
+    prefixes = config.data.valid if part == "valid" else config.data.test
+    if prefixes:
+        return prefixes, (0.0, 1.0)
+    number = ("train", "valid", "test").index(part)
+    if config.data.split is None or not config.data.split[number]:
+        return None
+    return config.data.train, split_fractions(config.data.split)[number]
+
+
+def _training_sources(config: RunConfig, cache: IndexCache) -> list[TokenDataset]:
+    """With weights each prefix is a source, else all together are one."""
+    fractions = split_fractions(config.data.split)[0] if config.data.split is not None else (0.0, 1.0)
+    prefixes = config.data.train
+    groups = [(prefix,) for prefix in prefixes] if config.data.train_weights else [prefixes]
+    return [_open(config, group, fractions, cache) for group in groups]
+
+
+def _in_order(config: RunConfig, sources: Sequence[TokenDataset], cache: IndexCache) -> tuple[Samples, Order]:
+    orders = [
+        SampleOrder(len(source), config.train.seed, config.data.shuffle, source=number, cache=cache)
+        for number, source in enumerate(sources)
+    ]
+    if not config.data.train_weights:
+        return sources[0], orders[0]
+    planned = config.train.num_steps * config.train.global_batch_size
+    return BlendedDataset(sources), BlendedOrder(orders, config.data.train_weights, num_planned=planned, cache=cache)
 
 
 def check_tokenizer(config: RunConfig) -> None:
@@ -76,26 +127,31 @@ def tokens_per_byte(prefixes: Sequence[str]) -> float | None:
             summary = read_summary(bin_path.parent)
         except DataError:
             return None
-        splits = [split for split in (summary.train, summary.valid) if split is not None]
-        split = next((split for split in splits if pair_paths(split.prefix)[0].name == bin_path.name), None)
+        split = next((split for split in summary.splits if pair_paths(split.prefix)[0].name == bin_path.name), None)
         if split is None:
             return None
         num_tokens, text_bytes = num_tokens + split.tokens, text_bytes + split.text_bytes
     return num_tokens / text_bytes if text_bytes else None
 
 
-def _open(config: RunConfig, prefixes: Sequence[str]) -> TokenDataset:
+def _cache(config: RunConfig, prefixes: Sequence[str]) -> IndexCache:
+    return IndexCache(cache_folders(config.data.cache, pair_paths(prefixes[0])[0]) if prefixes else ())
+
+
+def _open(
+    config: RunConfig, prefixes: Sequence[str], fractions: tuple[float, float], cache: IndexCache
+) -> TokenDataset:
     return TokenDataset(
         prefixes,
         config.train.seq_len,
         isolate_documents=config.data.isolate_documents,
         vocab_size=config.model.vocab_size,
+        fractions=fractions,
+        cache=cache,
     )
 
 
-def _loader(
-    config: RunConfig, mesh: Mesh, dataset: TokenDataset, order: SampleOrder, prefetch: bool = False
-) -> BatchLoader:
+def _loader(config: RunConfig, mesh: Mesh, dataset: Samples, order: Order, prefetch: bool = False) -> BatchLoader:
     return BatchLoader(
         dataset,
         order,

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and whose it is."""
+"""The folder of a run: what is in it, whose it is, and what a run that begins or goes on does to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lite.config.load import to_yaml
+from megatron_lite.checkpoint.steps import list_steps, step_folder, step_of
+from megatron_lite.config.load import load_config, to_yaml
+from megatron_lite.config.problems import ConfigError
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.train.same_run import changed_keys, saved_config
 from megatron_lite.utils import run_files
+from megatron_lite.utils.files import AtomicFile
 
 if TYPE_CHECKING:  # it imports torch, which a launcher that only looks at the folder does not need
     from megatron_lite.train.utilisation import Peak
@@ -22,11 +26,12 @@ if TYPE_CHECKING:  # it imports torch, which a launcher that only looks at the f
 _OUTPUTS = (
     run_files.METRICS,
     run_files.CONFIG,
-    run_files.WEIGHTS,
+    run_files.CHECKPOINTS,
     run_files.UTILISATION,
     run_files.TENSORBOARD,
     run_files.WANDB,
     run_files.PICTURE,
+    run_files.REPORT,
 )
 
 
@@ -38,19 +43,96 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def refuse_other_run(folder: Path) -> None:
-    """Raises RunFolderError if the folder holds anything that a run would replace.
+def checkpoints_folder(config: RunConfig) -> Path:
+    return run_folder(config) / run_files.CHECKPOINTS
 
-    A run that took no step left nothing to keep: its metrics are there, and empty. Weights are always kept.
+
+@dataclass(frozen=True)
+class Source:
+    """What a run is to go on from. is_checkpoint: the folder is one checkpoint, and not a folder of them."""
+
+    folder: Path
+    is_checkpoint: bool
+
+
+def choose_source(config: RunConfig, resume: str, *, overwrite: bool) -> Source | None:
+    """What ``--resume`` and ``--overwrite`` mean for the run's folder, None for a run that begins anew.
+
+    With auto the run in the folder goes on from its checkpoints. One that was cut off before the first of them begins
+    again: nothing is lost that it would not make once more.
+
+    Raises RunFolderError where something would be lost: the folder holds a run that has ended without checkpoints, or
+    another one; a path leads to no checkpoint, or to one that later ones of the same folder come after.
+    """
+    folder, own = run_folder(config), checkpoints_folder(config)
+    if resume not in ("auto", "none"):
+        source = _source_at(Path(resume))
+        if not overwrite and _is_in(source, own):
+            _refuse_to_go_back(source, folder)
+        elif not overwrite:
+            refuse_other_run(folder)
+        return source
+    if overwrite:
+        return None
+    if resume == "auto" and list_steps(own):
+        return Source(own, is_checkpoint=False)
+    if resume == "none" or not _was_cut_off(config):
+        refuse_other_run(folder)
+    return None
+
+
+def _source_at(path: Path) -> Source:
+    for folder in (path / run_files.CHECKPOINTS, path):
+        if list_steps(folder):
+            return Source(folder, is_checkpoint=False)
+    if not path.is_dir() or (path / run_files.METRICS).exists():
+        raise RunFolderError(
+            f"--resume {path}: {'has no checkpoints' if path.exists() else 'does not exist'}; name a checkpoint, such "
+            f"as runs/NAME/{run_files.CHECKPOINTS}/{step_folder('', 100)}, or the folder of a run that has some"
+        )
+    return Source(path, is_checkpoint=True)
+
+
+def _is_in(source: Source, own: Path) -> bool:
+    return (source.folder.parent if source.is_checkpoint else source.folder).resolve() == own.resolve()
+
+
+def _refuse_to_go_back(source: Source, folder: Path) -> None:
+    step = step_of(source.folder) if source.is_checkpoint else None
+    later = [path.name for path in list_steps(source.folder.parent) if step is not None and (step_of(path) or 0) > step]
+    if later:
+        raise RunFolderError(
+            f"{folder}: has later checkpoints than {source.folder.name}: {', '.join(later)}; add --overwrite to go "
+            "back and remove them, or run.name=ANOTHER to keep them"
+        )
+
+
+def refuse_other_run(folder: Path) -> None:
+    """Raises RunFolderError if the folder holds anything that a new run would replace.
+
+    A run that took no step left nothing to keep: its metrics are there, and empty. Checkpoints are always kept.
     """
     metrics = folder / run_files.METRICS
     took_no_step = metrics.is_file() and metrics.stat().st_size == 0
-    kept = [name for name in ((run_files.WEIGHTS,) if took_no_step else _OUTPUTS) if (folder / name).exists()]
-    if kept:
+    names = [name for name in _OUTPUTS if not took_no_step and (folder / name).exists()]
+    kept = run_files.CHECKPOINTS if list_steps(folder / run_files.CHECKPOINTS) else next(iter(names), None)
+    if kept is not None:
+        goes_on = "go on with it by --resume auto, " if kept == run_files.CHECKPOINTS else ""
         raise RunFolderError(
-            f"{folder}: holds a run already ({kept[0]} is there); add --overwrite to replace it, "
-            "or run.name=ANOTHER to keep it"
+            f"{folder}: holds a run already ({kept} is there); {goes_on}add --overwrite to replace it, or "
+            "run.name=ANOTHER to keep it"
         )
+
+
+def _was_cut_off(config: RunConfig) -> bool:
+    """Whether the folder holds the first steps of this same run."""
+    folder = run_folder(config)
+    try:
+        before = load_config(folder / run_files.CONFIG)
+        num_steps = sum(1 for _ in (folder / run_files.METRICS).open(encoding="utf-8"))
+    except (ConfigError, OSError, ValueError):
+        return False
+    return num_steps < before.train.num_steps and not changed_keys(saved_config(before), config)
 
 
 def make_log_folder(folder: Path) -> Path:
@@ -61,14 +143,12 @@ def make_log_folder(folder: Path) -> Path:
     return logs
 
 
-def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
-    """Makes the folder, removes what an earlier run left there, and writes the config. For one rank of a run.
+def prepare_folder(config: RunConfig) -> Path:
+    """Makes the folder, removes what an earlier run left there, and writes the config. For one rank of a new run.
 
-    Raises RunFolderError if there is another run and it is not to be overwritten, or if the folder cannot be written.
+    Raises RunFolderError if the folder cannot be written, DataError if its disk is full.
     """
     folder = run_folder(config)
-    if not overwrite:
-        refuse_other_run(folder)
     with _errors_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in _OUTPUTS:
@@ -78,8 +158,49 @@ def prepare_folder(config: RunConfig, *, overwrite: bool) -> Path:
             else:
                 path.unlink(missing_ok=True)
         (folder / run_files.METRICS).touch()
-        (folder / run_files.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        _write_config(config)
     return folder
+
+
+def continue_folder(config: RunConfig, step: int, *, overwrite: bool) -> None:
+    """Makes the folder that of a run that has just taken ``step``. For one rank of a run that goes on there.
+
+    Records of later steps are cut off the metrics. Checkpoints of later steps, which were not whole, are put aside as
+    NAME.damaged, so that none of them is ever taken for what the run has come to since; with ``overwrite``, with which
+    a run goes back, they are removed.
+
+    Raises RunFolderError if the folder cannot be written.
+    """
+    with _errors_of(run_folder(config)):
+        for path in list_steps(checkpoints_folder(config)):
+            if (step_of(path) or 0) <= step:
+                continue
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            if overwrite:
+                shutil.rmtree(aside)
+        _cut_metrics(run_folder(config) / run_files.METRICS, step)
+        _write_config(config)
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Removes the records after ``step``, and a line that a kill cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            is_kept = line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            is_kept = False
+        if is_kept:
+            kept.append(line)
+    with AtomicFile(path) as file:
+        file.write("".join(kept).encode())
+
+
+def _write_config(config: RunConfig) -> None:
+    with AtomicFile(run_folder(config) / run_files.CONFIG) as file:
+        file.write(to_yaml(config).encode())
 
 
 @contextlib.contextmanager

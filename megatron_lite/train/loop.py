@@ -5,36 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import resource
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
 
 from megatron_lite.checkpoint.huggingface import check_matches, huggingface_weights
-from megatron_lite.checkpoint.weights import save_weights
+from megatron_lite.checkpoint.steps import step_folder
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import BatchLoader, Microbatch
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.agreement import together
 from megatron_lite.distributed.mesh import Mesh, build_mesh
-from megatron_lite.distributed.rendezvous import discover, world
+from megatron_lite.distributed.rendezvous import world
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import WeightSource
 from megatron_lite.optim.precision import PRECISIONS
 from megatron_lite.train.build import Training, build, layout_of
+from megatron_lite.train.checkpoints import Checkpointer, Position, blank_weights, restore
 from megatron_lite.train.corpus import Corpus, open_corpus
-from megatron_lite.train.folder import prepare_folder, run_folder, write_utilisation
+from megatron_lite.train.folder import continue_folder, prepare_folder, run_folder, write_utilisation
 from megatron_lite.train.metrics import Sink, StepRecord, check_extras, open_sinks
 from megatron_lite.train.progress import ConsoleSink
+from megatron_lite.train.resume import Start, find_start
 from megatron_lite.train.step import StepResult, evaluate, train_step
+from megatron_lite.train.stop import StopSignals
 from megatron_lite.train.utilisation import find_peak, model_flops_per_token
 from megatron_lite.utils import run_files
 
@@ -49,50 +51,71 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """folder: of the run. first, last: the records of its first and last step, on every rank."""
+    """folder: of the run. first, last: the records of the first and last step taken here, on every rank. stopped_by:
+    the number of the signal that ended the run before its last step, or 0."""
 
     folder: Path
     first: StepRecord
     last: StepRecord
+    stopped_by: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 0, or 128 and the signal's number, as shells have it."""
+        return 128 + self.stopped_by if self.stopped_by else 0
 
 
-def run(config: RunConfig, *, overwrite: bool = False) -> TrainResult:
+def run(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -> int:
     """Joins the world that the launcher described in the environment, and trains. What every process executes.
 
-    config: with ``parallel.dp`` filled in for that world.
+    config: with ``parallel.dp`` filled in for that world. Returns the exit code: 0, or 130 or 143 where Ctrl-C or
+    SIGTERM ended the run.
     """
-    device = choose_device(config, discover(os.environ).local_world_size)
-    with world(timeout_s=config.train.collective_timeout_s, threads=config.train.threads, device=device) as rendezvous:
+    timeout_s, threads = config.train.collective_timeout_s, config.train.threads
+    with world(timeout_s=timeout_s, threads=threads, device=config.run.device) as rendezvous:
         mesh = build_mesh(layout_of(config), device=rendezvous.device)
-        return train(config, mesh=mesh, overwrite=overwrite)
+        return train(config, mesh=mesh, resume=resume, overwrite=overwrite).exit_code
 
 
-def choose_device(config: RunConfig, local_world_size: int) -> Literal["cpu", "cuda"]:
-    """auto: cuda where this host has a device for each of its processes."""
-    if config.run.device != "auto":
-        return config.run.device
-    return "cuda" if torch.cuda.device_count() >= local_world_size else "cpu"
-
-
-def train(config: RunConfig, *, mesh: Mesh, overwrite: bool = False) -> TrainResult:
+def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: bool = False) -> TrainResult:
     """Trains ``config`` on this rank's place in the mesh. Every rank calls it, and gets the same numbers.
 
-    Leaves in ``run.dir/run.name``: config.yaml, metrics.jsonl, utilisation.json, weights/ and what was asked for.
+    resume: auto goes on with the run in the folder if there is one, none begins anew, a path is gone on from
+    (`megatron_lite.train.resume`). overwrite: removes what the folder holds.
 
-    Raises RunError on every rank for data or weights that cannot be used, a folder that holds another run, a missing
-    package; DivergedError on every rank; MetricsError on the rank that writes, where the disk is full.
+    Leaves in ``run.dir/run.name``: config.yaml, metrics.jsonl, utilisation.json, checkpoints/ and what was asked for.
+
+    Raises RunError on every rank for data or weights that cannot be used, a missing package; ResumeError for a folder
+    that holds another run, or a checkpoint of another one; CheckpointError for one that cannot be read or written;
+    DivergedError; all of them on every rank. MetricsError on the rank that writes, where the disk is full.
     """
     corpus = together(lambda: open_corpus(config, mesh), mesh.world, RunError)
     try:
-        together(lambda: _prepare(config, mesh, overwrite), mesh.world, RunError)
-        weights = together(lambda: initial_weights(config), mesh.world, RunError)
-        training = build(config, mesh=mesh, weights=weights)
-        first, last = _train_steps(training, corpus)
-        if config.run.save_weights:
-            save(training, run_folder(config) / run_files.WEIGHTS)
+        start = find_start(config, mesh, resume=resume, overwrite=overwrite)
+        _on_first(mesh, lambda: check_extras(config))
+        if start is None:
+            _on_first(mesh, lambda: prepare_folder(config))
+            weights = together(lambda: initial_weights(config), mesh.world, RunError)
+            return _train_steps(build(config, mesh=mesh, weights=weights), corpus, Position())
+        training = build(config, mesh=mesh, weights=blank_weights(PRECISIONS[config.train.precision].master))
+        position = restore(training, start.manifest)
+        _on_first(mesh, lambda: _enter_folder(config, start, overwrite))
+        return _train_steps(training, corpus, position)
     finally:
         corpus.close()
-    return TrainResult(run_folder(config), first, last)
+
+
+def _on_first(mesh: Mesh, action: Callable[[], object]) -> None:
+    """Runs the action on the first rank; if it fails there, every rank raises RunError."""
+    together(action if mesh.world.is_first else lambda: None, mesh.world, RunError)
+
+
+def _enter_folder(config: RunConfig, start: Start, overwrite: bool) -> None:
+    if start.is_own:
+        continue_folder(config, start.position.step, overwrite=overwrite)
+    else:
+        prepare_folder(config)
+    print(f"going on from {start.manifest.folder}, after step {start.position.step}", flush=True)
 
 
 def initial_weights(config: RunConfig) -> WeightSource | None:
@@ -108,44 +131,62 @@ def initial_weights(config: RunConfig) -> WeightSource | None:
     return huggingface_weights(folder, parameter_table(config.model), config.model, dtype)
 
 
-def save(training: Training, folder: Path) -> None:
-    """Writes the weights of all stages. Raises CheckpointError on every rank if any of them could not."""
-    save_weights(
-        folder,
-        training.config.model,
-        mesh=training.mesh,
-        table=training.table,
-        names=[name for name, _ in training.stage.named_parameters()],
-        master=training.engine.whole_master,
-        dtype=training.precision.master,
-    )
-
-
-def _prepare(config: RunConfig, mesh: Mesh, overwrite: bool) -> None:
-    if mesh.world.is_first:
-        check_extras(config)
-        prepare_folder(config, overwrite=overwrite)
-
-
-def _train_steps(training: Training, corpus: Corpus) -> tuple[StepRecord, StepRecord]:
-    """All steps and evaluations; the records of the first and the last step."""
-    config, meter = training.config, _Meter(training)
-    num_steps, interval = config.train.num_steps, config.train.eval_interval
+def _train_steps(training: Training, corpus: Corpus, position: Position) -> TrainResult:
+    """All steps after ``position``, with their evaluations and checkpoints, or those until a signal comes."""
+    config, mesh, meter = training.config, training.mesh, _Meter(training, position.tokens)
+    num_steps = config.train.num_steps
     records: list[StepRecord] = []
-    with _open_sinks(training, meter) as sinks:
-        for step in range(1, num_steps + 1):
+    with (
+        StopSignals(announce=mesh.world.is_first) as signals,
+        _open_sinks(training, meter, position) as sinks,
+        Checkpointer(training) as checkpoints,
+    ):
+        while True:
             started = time.perf_counter()
-            result = train_step(training, _to_device(corpus.train.batch(step - 1), training.mesh.device))
-            record = meter.record(step, result, time.perf_counter() - started)
+            step = position.step + 1
+            result = train_step(training, _to_device(corpus.train.batch(position.samples), mesh.device))
+            seconds = time.perf_counter() - started
+            # What one rank knows and all have to act on at the same step travels in one collective.
+            own = (peak_memory_bytes(mesh.device), signals.requested, checkpoints.has_failed)
+            peak_memory, signal_number, has_failed = largest_over_ranks(own, mesh)
+            record = meter.record(step, result, seconds, peak_memory)
             _refuse_divergence(config, step, result)
-            if corpus.valid is not None and (step == num_steps or (interval and step % interval == 0)):
-                loss = validation_loss(training, corpus.valid)
-                bits = corpus.valid_bits_per_byte(loss)
-                record = dataclasses.replace(record, valid_loss=loss, valid_bits_per_byte=bits)
+            record = _evaluated(training, corpus, record)
             for sink in sinks:
                 sink.write(record)
             records[1:] = [record]
-    return records[0], records[-1]
+            position = Position(step, position.samples + config.train.global_batch_size, record.tokens)
+            if has_failed:
+                checkpoints.raise_failure()
+            ends = step == num_steps or signal_number > 0
+            if checkpoints.is_due(step) or (signal_number and checkpoints.writes_any):
+                checkpoints.save(position, wait=ends)
+            if ends:
+                break
+    stopped_by = 0 if position.step == num_steps else signal_number
+    if stopped_by and mesh.world.is_first:
+        _say_stopped(stopped_by, checkpoints, position)
+    return TrainResult(run_folder(config), records[0], records[-1], stopped_by)
+
+
+def _say_stopped(number: int, checkpoints: Checkpointer, position: Position) -> None:
+    where = "nothing is saved, as checkpoint.interval=0 and checkpoint.save_last=false say"
+    if checkpoints.writes_any:
+        where = (
+            f"its state is in {step_folder(checkpoints.folder, position.step)}, and the same command (without "
+            "--overwrite) goes on from there"
+        )
+    name = signal.Signals(number).name
+    print(f"the run was stopped by {name} after step {position.step}; {where}", file=sys.stderr, flush=True)
+
+
+def _evaluated(training: Training, corpus: Corpus, record: StepRecord) -> StepRecord:
+    """The record with the validation loss, where an evaluation follows its step."""
+    interval, is_last = training.config.train.eval_interval, record.step == training.config.train.num_steps
+    if corpus.valid is None or not (is_last or (interval and record.step % interval == 0)):
+        return record
+    loss = validation_loss(training, corpus.valid)
+    return dataclasses.replace(record, valid_loss=loss, valid_bits_per_byte=corpus.valid_bits_per_byte(loss))
 
 
 def validation_loss(training: Training, loader: BatchLoader) -> float:
@@ -178,7 +219,7 @@ def _refuse_divergence(config: RunConfig, step: int, result: StepResult) -> None
             )
 
 
-def _open_sinks(training: Training, meter: _Meter) -> AbstractContextManager[Sequence[Sink]]:
+def _open_sinks(training: Training, meter: _Meter, position: Position) -> AbstractContextManager[Sequence[Sink]]:
     """The sinks of the run on the first rank, none on the others."""
     config, mesh = training.config, training.mesh
     if not mesh.world.is_first:
@@ -192,22 +233,21 @@ def _open_sinks(training: Training, meter: _Meter) -> AbstractContextManager[Seq
         highlight=False,
         soft_wrap=True,
     )
-    return open_sinks(config, folder, ConsoleSink(config.train.num_steps, config.train.log_interval, console))
+    sink = ConsoleSink(config.train.num_steps, config.train.log_interval, console, position.step)
+    return open_sinks(config, folder, sink, position.step)
 
 
 class _Meter:
-    """Makes the record of a step. Every rank has one: peak memory is the largest over ranks."""
+    """Makes the record of a step. Every rank has one. tokens: target tokens of the steps before."""
 
-    def __init__(self, training: Training) -> None:
-        self._mesh = training.mesh
+    def __init__(self, training: Training, tokens: int) -> None:
         self.peak = find_peak(training.mesh, training.precision.compute)
         self.flops_per_token = model_flops_per_token(training.config.model, training.config.train.seq_len)
-        self._tokens = 0
+        self._tokens = tokens
 
-    def record(self, step: int, result: StepResult, seconds: float) -> StepRecord:
+    def record(self, step: int, result: StepResult, seconds: float, peak_memory: int) -> StepRecord:
         self._tokens += result.num_target_tokens
         tokens_per_s = result.num_target_tokens / seconds
-        own = torch.tensor([peak_memory_bytes(self._mesh.device)], device=self._mesh.device)
         return StepRecord(
             step=step,
             tokens=self._tokens,
@@ -218,8 +258,14 @@ class _Meter:
             step_time_s=seconds,
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * self.flops_per_token / self.peak.total_flops_per_s,
-            peak_memory_bytes=int(collectives.all_reduce(own, self._mesh.world, "max")),
+            peak_memory_bytes=peak_memory,
         )
+
+
+def largest_over_ranks(values: Sequence[int], mesh: Mesh) -> list[int]:
+    """The largest of each of the values over all ranks."""
+    own = torch.tensor([int(value) for value in values], device=mesh.device)
+    return [int(value) for value in collectives.all_reduce(own, mesh.world, "max").tolist()]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -56,12 +56,15 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a step, each flushed, so that a run that is killed leaves whole lines."""
+    """metrics.jsonl: one JSON object a step, each flushed, so that a run that is killed leaves whole lines.
+
+    What is in the file stays: the records of the steps before, where a run goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with _explained(path, "before the first step"):
-            self._file = path.open("w", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:
         with _explained(self.path, f"at step {record.step}"):
@@ -75,12 +78,15 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Event files in the run's folder, under the names of the record."""
+    """Event files in the run's folder, under the names of the record.
 
-    def __init__(self, folder: Path) -> None:
+    A run that goes on writes another file, which tells readers to forget what the files before hold of its steps.
+    """
+
+    def __init__(self, folder: Path, steps_before: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(folder), purge_step=steps_before + 1 if steps_before else None)
 
     def write(self, record: StepRecord) -> None:
         for name, value in record.as_dict().items():
@@ -92,17 +98,24 @@ class TensorBoard:
 
 
 class Wandb:
-    """One Weights & Biases run for all ranks. offline: on disk in the run's folder, for ``wandb sync``."""
+    """One Weights & Biases run for all ranks. offline: on disk in the run's folder, for ``wandb sync --append``.
+
+    A run that goes on keeps its id, which is in the name of the folder that wandb made for it. Steps that were logged
+    before and are taken again have the same values; wandb drops them.
+    """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         import wandb
 
         mode: Any = config.run.wandb
+        before = sorted((folder / run_files.WANDB).glob("*run-*-*"), key=lambda path: path.name.partition("run-")[2])
         settings = wandb.Settings(silent=True, console="off")
         self._run: Any = wandb.init(
             project="megatron-lite",
             name=config.run.name,
             dir=str(folder),
+            id=before[-1].name.rpartition("-")[2] if before else None,
+            resume="allow",
             mode=mode,
             config=config.model_dump(),
             settings=settings,
@@ -129,14 +142,17 @@ def check_extras(config: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_sinks(config: RunConfig, folder: Path, console: Sink) -> Iterator[list[Sink]]:
-    """What the config wants records written to, closed at the end whatever happens. For one rank of a run."""
+def open_sinks(config: RunConfig, folder: Path, console: Sink, steps_before: int = 0) -> Iterator[list[Sink]]:
+    """What the config wants records written to, closed at the end whatever happens. For one rank of a run.
+
+    steps_before: steps that the run took before this process went on with it.
+    """
     sinks = [console]
     succeeded = False
     try:
         sinks.append(MetricsFile(folder / run_files.METRICS))
         if config.run.tensorboard:
-            sinks.append(TensorBoard(folder / run_files.TENSORBOARD))
+            sinks.append(TensorBoard(folder / run_files.TENSORBOARD, steps_before))
         if config.run.wandb != "off":
             sinks.append(Wandb(config, folder))
         yield sinks

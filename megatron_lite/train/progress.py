@@ -11,10 +11,14 @@ from megatron_lite.train.metrics import StepRecord
 
 
 class ConsoleSink:
-    """Shows records on ``console``; on no terminal, one line every ``log_interval`` steps and after an evaluation."""
+    """Shows records on ``console``; on no terminal, one line every ``log_interval`` steps and after an evaluation.
 
-    def __init__(self, num_steps: int, log_interval: int, console: Console) -> None:
+    steps_before: steps that the run took before this process went on with it.
+    """
+
+    def __init__(self, num_steps: int, log_interval: int, console: Console, steps_before: int = 0) -> None:
         self._num_steps, self._log_interval, self._console = num_steps, log_interval, console
+        self._steps_before = steps_before
         self._elapsed_s = 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -26,7 +30,7 @@ class ConsoleSink:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=num_steps, loss="-", speed="-")
+            self._task = self._bar.add_task("", total=num_steps, completed=steps_before, loss="-", speed="-")
             self._bar.start()
 
     def write(self, record: StepRecord) -> None:
@@ -34,7 +38,7 @@ class ConsoleSink:
         if self._bar is not None:
             speed = f"{record.tokens_per_s:,.0f}"
             self._bar.update(self._task, completed=record.step, loss=f"{record.loss:.4f}", speed=speed)
-        is_due = record.step % self._log_interval == 0 or record.step in (1, self._num_steps)
+        is_due = record.step % self._log_interval == 0 or record.step in (self._steps_before + 1, self._num_steps)
         if record.valid_loss is not None or (is_due and self._bar is None):
             self._console.print(self._line(record), highlight=False, soft_wrap=True)
 
@@ -56,7 +60,7 @@ class ConsoleSink:
             parts.append(f"valid loss {record.valid_loss:.4f}")
         if record.valid_bits_per_byte is not None:
             parts.append(f"{record.valid_bits_per_byte:.3f} bits/byte")
-        left_s = self._elapsed_s / record.step * (self._num_steps - record.step)
+        left_s = self._elapsed_s / (record.step - self._steps_before) * (self._num_steps - record.step)
         if left_s:
             parts.append(f"ETA {timedelta(seconds=round(left_s))}")
         return "  ".join(parts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lite.distributed import collectives
+from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
 from megatron_lite.optim.grad_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.lr_schedule import learning_rate
@@ -69,11 +70,17 @@ def evaluate(training: Training, microbatches: Sequence[MicrobatchLike]) -> tupl
 
 
 def _run(training: Training, schedule: Schedule, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
-    """Runs a schedule over the batch; this is the one place where a sum of token losses is divided by their number."""
+    """Runs a schedule over the batch; the mean loss, and the number of targets that it is the mean over."""
     num_targets = count_targets(training, microbatches)
-    loss_weight = torch.tensor(1.0 / max(num_targets, 1), dtype=torch.float64, device=training.mesh.device)
-    loss_sums = training.runner.run(schedule, microbatches, loss_weight)
-    return float(loss_weight) * sum_losses(training, loss_sums), num_targets
+    weight = loss_weight(num_targets)
+    weight_tensor = torch.tensor(weight, dtype=torch.float64, device=training.mesh.device)
+    loss_sums = training.runner.run(schedule, microbatches, weight_tensor)
+    return weight * sum_losses(training.mesh, loss_sums), num_targets
+
+
+def loss_weight(num_targets: int) -> float:
+    """What a sum of token losses enters their mean with: the one place where it is divided by their number."""
+    return 1.0 / max(num_targets, 1)
 
 
 def count_targets(training: Training, microbatches: Sequence[MicrobatchLike]) -> int:
@@ -82,9 +89,8 @@ def count_targets(training: Training, microbatches: Sequence[MicrobatchLike]) ->
     return int(collectives.all_reduce(torch.tensor([own], device=training.mesh.device), training.targets_axis))
 
 
-def sum_losses(training: Training, loss_sums: Sequence[torch.Tensor]) -> float:
+def sum_losses(mesh: Mesh, loss_sums: Sequence[torch.Tensor]) -> float:
     """The exact sum of all microbatches' loss sums over the world; tp ranks hold the same ones, the first counts."""
-    mesh = training.mesh
     limbs = torch.zeros(exact.LENGTH, dtype=torch.int64, device=mesh.device)
     if loss_sums and mesh.tp.is_first:
         limbs += exact.to_limbs(torch.stack(list(loss_sums)))

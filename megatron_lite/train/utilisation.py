@@ -48,14 +48,20 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     Each weight of a matrix product takes a multiplication and an addition in forward, and twice that in backward (the
     gradient of the input and that of the weight): 6 per weight. The embedding is looked up and costs nothing; the
     head is a product whether it is tied or not. Attention adds, in each layer, the products with keys and with values:
-    a token sees (seq_len + 1) / 2 positions on average, and each takes 2 * 2 * heads * head_dim in forward and twice
-    that in backward: 6 * heads * head_dim * (seq_len + 1). (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B,
-    which counts masked positions too, so that its attention term is twice this one; recomputed activations and padding
-    are not counted.)
+    a token sees (seq_len + 1) / 2 positions on average, fewer in a layer with a sliding window, and each takes
+    2 * 2 * heads * head_dim in forward and twice that in backward: 12 * heads * head_dim. (Chowdhery et al. 2022, PaLM,
+    arXiv:2204.02311, appendix B, which counts masked positions too, so that its attention term is twice this one;
+    recomputed activations and padding are not counted.)
     """
     products = [s for s in parameter_table(model) if len(s.shape) == 2 and not s.name.startswith("embedding.")]
-    attention = 6 * model.num_layers * model.num_heads * model.head_dim * (seq_len + 1)
-    return float(6 * sum(spec.numel for spec in products) + attention)
+    positions = sum(_seen_positions(model.window_of_layer(layer), seq_len) for layer in range(model.num_layers))
+    return 6 * sum(spec.numel for spec in products) + 12 * model.num_heads * model.head_dim * positions
+
+
+def _seen_positions(window: int | None, seq_len: int) -> float:
+    """Mean of min(i, window) over positions i of 1 to ``seq_len``."""
+    most = seq_len if window is None else min(window, seq_len)
+    return most - most * (most - 1) / (2 * seq_len)
 
 
 def find_peak(mesh: Mesh, dtype: torch.dtype) -> Peak:

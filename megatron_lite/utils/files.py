@@ -50,6 +50,14 @@ class AtomicFile:
             raise self._explain(error, size) from error
         self.num_bytes += size
 
+    def sync(self) -> None:
+        """Bring what has been written so far to the disk. May run in a thread, beside `write`."""
+        assert self._file is not None, f"{self.path} is brought to the disk after it was finished"
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._explain(error, 0) from error
+
     def finish(self) -> None:
         """Bring every byte to the disk and close; a full disk is found here at the latest, before any rename."""
         if self._file is None:

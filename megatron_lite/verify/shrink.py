@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_lite.config.schema import ModelConfig, RunConfig
+from megatron_lite.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron_lite.verify.layouts import ProofLayout, layout_of_config
 
 # A model of at most this many weights is proven as it is.
@@ -22,15 +22,18 @@ PROOF_EPS = 1e-4
 def shrink(config: RunConfig, dtype: str) -> RunConfig:
     """The config that a proof runs: its own model if that is small, else a narrow copy, and a few short sequences.
 
-    Kept: the family, the numbers of heads, tied embeddings, the scaling of positions, and whatever the config's own
-    layout needs to be legal, if a proof can run it (as many layers as stages, sizes that its tp and dp divide).
-    Changed: widths, depth, vocabulary (to an odd number, which no tp divides), sequence and batch; the optimizer's
-    eps (see ``PROOF_EPS``), warm-up and decay; the data, which a proof generates; the device, which is the CPU.
+    Kept: the family, the numbers of heads, tied embeddings, the scaling of positions, a sliding window on the layers
+    that have one, and whatever the config's own layout needs to be legal, if a proof can run it (as many layers as
+    stages, sizes that its tp and dp divide). Changed: widths, depth, vocabulary (to an odd number, which no tp
+    divides), sequence and batch; a sliding window, to one that these sequences are longer than; the optimizer's eps
+    (see ``PROOF_EPS``), warm-up and decay; the data, which a proof generates; the device, which is the CPU.
     """
     own = layout_of_config(config) or ProofLayout()
+    seq_len = _sequence_length(config, own.tp)
     model = config.model if _num_weights(config.model) <= SMALL else _narrow(config.model, own)
+    model = model.model_copy(update=_window(model, config.model.num_layers, seq_len))
     sizes: dict[str, Any] = {
-        "seq_len": _sequence_length(config, own.tp),
+        "seq_len": seq_len,
         "micro_batch_size": 1,
         "global_batch_size": math.lcm(8, own.dp),
         "num_steps": NUM_STEPS,
@@ -52,7 +55,7 @@ def shrink(config: RunConfig, dtype: str) -> RunConfig:
             "train": config.train.model_copy(update=sizes),
             "optim": config.optim.model_copy(update=optim),
             "parallel": config.parallel.model_copy(update={"stage_layers": stage_layers}),
-            "data": config.data.model_copy(update={"train": (), "valid": (), "tokenizer": None}),
+            "data": DataConfig(shuffle=config.data.shuffle, isolate_documents=config.data.isolate_documents),
             "init": config.init.model_copy(update={"from_hf": None}),
             "run": config.run.model_copy(update={"device": "cpu"}),
             "kernels": config.kernels.model_copy(update=kernels),
@@ -65,6 +68,20 @@ def _sequence_length(config: RunConfig, tp: int) -> int:
     most = min(config.train.seq_len, 32, config.model.max_seq_len)
     unit = next((u for u in (math.lcm(8, tp), tp) if u <= most), 1)
     return most // unit * unit
+
+
+def _window(model: ModelConfig, num_layers: int, seq_len: int) -> dict[str, Any]:
+    """A sliding window that the short sequences are longer than, on the same part of the layers.
+
+    model: with its own window, which is for layers that were ``num_layers`` many.
+    """
+    if model.sliding_window is None:
+        return {}
+    first = -(-model.sliding_window_from * model.num_layers // num_layers)
+    return {
+        "sliding_window": min(model.sliding_window, max(1, seq_len // 2)),
+        "sliding_window_from": min(first, model.num_layers - 1),
+    }
 
 
 def _num_weights(model: ModelConfig) -> int:

@@ -100,7 +100,9 @@ def proof_batch(config: RunConfig, step: int, dp_index: int) -> Iterator[Microba
     ``data.isolate_documents`` each sample is cut into three documents.
     """
     train = config.train
-    rows = batch_indices(step, train.global_batch_size, config.dp, dp_index, train.micro_batch_size)
+    rows = batch_indices(
+        step * train.global_batch_size, train.global_batch_size, config.dp, dp_index, train.micro_batch_size
+    )
     for samples in rows:
         parts = [_proof_sample(config, sample) for sample in samples]
         tokens, targets, documents, positions = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))

@@ -21,16 +21,32 @@ def _config(name: str) -> Any:
             vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=24, n_inner=96,
             tie_word_embeddings=name == "gpt2", bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 24,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if name == "mistral":
+        return transformers.MistralConfig(**shape, head_dim=16, sliding_window=5)
+    if name == "qwen2":
+        return transformers.Qwen2Config(**shape)
+    if name == "qwen2-window":
+        return transformers.Qwen2Config(**shape, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     return transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=24, head_dim=16, bos_token_id=0, eos_token_id=0,
-        tie_word_embeddings=name == "llama-tied",
+        **shape, head_dim=16, tie_word_embeddings=name == "llama-tied",
     )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a checkpoint that transformers wrote: 'llama', 'llama-tied', 'gpt2' or 'gpt2-untied'.
+    """The folder of a checkpoint that transformers wrote: 'llama', 'llama-tied', 'mistral' (with a window), 'qwen2',
+    'qwen2-window' (on its second layer), 'gpt2' or 'gpt2-untied'.
 
     Every parameter is random, norms and biases too. Not to be changed: `editable` gives a copy.
     """

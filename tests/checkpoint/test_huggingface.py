@@ -16,18 +16,21 @@ from megatron_lite.checkpoint import shard_reader
 from megatron_lite.checkpoint.huggingface import config_from_hf, export_huggingface, huggingface_weights
 from megatron_lite.checkpoint.huggingface import export as export_module
 from megatron_lite.checkpoint.shard_reader import ShardReader
+from megatron_lite.checkpoint.store import save
 from megatron_lite.checkpoint.tensor_files import CheckpointError, TensorFiles
-from megatron_lite.checkpoint.weights import iterate_weights, save_weights
+from megatron_lite.checkpoint.weights import iterate_weights
 from megatron_lite.config.load import load_config
 from megatron_lite.config.problems import override
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.data.tokenizer import save_tokenizer, train_tokenizer
+from megatron_lite.data.tokenizer import save_tokenizer
+from megatron_lite.data.tokenizer_training import train_tokenizer
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.train.build import build, layout_of
+from megatron_lite.train.checkpoints import tensors_to_save
 
-NAMES = ("llama", "llama-tied", "gpt2", "gpt2-untied")
+NAMES = ("llama", "llama-tied", "mistral", "qwen2", "qwen2-window", "gpt2", "gpt2-untied")
 LAYOUTS = {
     "single": (1, []),
     "tp4-pp2": (8, ["parallel.tp=4", "parallel.pp=2"]),
@@ -39,20 +42,12 @@ LAYOUTS = {
 
 
 def import_and_save(folder: Path, overrides: list[str], out: Path) -> None:
-    """Builds a run from the checkpoint and writes its weights."""
+    """Builds a run from the Hugging Face folder and writes a checkpoint of it."""
     config = load_config(None, overrides, world_size=torch.distributed.get_world_size())
     mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
     table = parameter_table(config.model)
     training = build(config, mesh=mesh, weights=huggingface_weights(folder, table, config.model, torch.float32))
-    save_weights(
-        out,
-        config.model,
-        mesh=mesh,
-        table=table,
-        names=[name for name, _ in training.stage.named_parameters()],
-        master=training.engine.whole_master,
-        dtype=torch.float32,
-    )
+    save(out, tensors_to_save(training), state={}, model=config.model, axis=mesh.world)
 
 
 def run_overrides(folder: Path, layout: list[str]) -> list[str]:
@@ -89,7 +84,7 @@ def assert_same_tensors(found: Path, expected: dict[str, Tensor]) -> None:
 def test_round_trip_through_a_layout_changes_no_bit(
     pool: WorkerPool, original: Callable[[str], Path], name: str, layout: str, tmp_path: Path
 ) -> None:
-    """transformers -> a run in some layout -> its weights -> Hugging Face again."""
+    """transformers -> a run in some layout -> its checkpoint -> Hugging Face again."""
     source = original(name)
     world_size, layout_overrides = LAYOUTS[layout]
     pool.run(import_and_save, world_size, source, run_overrides(source, layout_overrides), tmp_path / "own")

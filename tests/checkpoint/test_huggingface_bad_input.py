@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +37,26 @@ def read(folder: Path, model: ModelConfig | None = None) -> ShardReader:
 def tensors_of(folder: Path) -> list[tuple[str, Tensor]]:
     weights = read(folder)
     return [(spec.name, weights(spec, 1, 0)) for spec in parameter_table(model_of(folder)) if spec.tied_to is None]
+
+
+class Opened:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def pickle_bytes(canary: Path) -> bytes:
+    return pickle.dumps(Opened(canary))
+
+
+def torch_archive(canary: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model.norm.weight": Opened(canary)}, buffer)
+    return buffer.getvalue()
 
 
 def test_all_missing_tensors_are_counted_and_the_first_named(editable: Edit) -> None:
@@ -100,6 +122,19 @@ def test_more_layers_than_the_model_section_has(editable: Edit) -> None:
         read(copy.folder, model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(editable: Edit, value: float) -> None:
+    copy = editable("qwen2")
+    name = "model.layers.1.self_attn.v_proj.bias"
+    copy.tensors[name][3] = value
+    weights, table = read(copy.save()), parameter_table(model_of(copy.folder))
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: 1 of 16 weights of {name} are NaN or infinite.*earlier one"
+    ):
+        weights(table["layers.1.attention.qkv.bias"], 1, 0)
+    weights(table["layers.0.attention.qkv.bias"], 1, 0)  # the others are read
+
+
 def test_quantized_tensors_are_refused(editable: Edit) -> None:
     copy = editable("llama")
     copy.tensors["model.norm.weight"] = copy.tensors["model.norm.weight"].to(torch.int8)
@@ -151,6 +186,29 @@ def test_missing_and_truncated_files_of_an_index(editable: Edit, tmp_path: Path)
     files[1].write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match=f"{files[1].name}: is truncated"):
         read(folder)
+
+
+def test_a_file_too_many_beside_an_index(editable: Edit, tmp_path: Path) -> None:
+    """A shard of an earlier download, or of another model: which of the two is meant nobody knows."""
+    folder = sharded(editable("llama"), tmp_path)
+    first = min(folder.glob("*.safetensors"))
+    (folder / "consolidated.safetensors").write_bytes(first.read_bytes())  # as in Mistral's repositories: no shard
+    read(folder)
+    (folder / "model-00009-of-00009.safetensors").write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match=r"model-00009-of-00009\.safetensors is not in .*two checkpoints"):
+        read(folder)
+
+
+@pytest.mark.parametrize("make", [pickle_bytes, torch_archive])
+def test_a_pickle_that_is_named_like_safetensors_is_not_opened(editable: Edit, make: Callable[[Path], bytes]) -> None:
+    copy = editable("llama")
+    canary = copy.folder / "opened"
+    copy.file.write_bytes(make(canary))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is truncated or not a safetensors file"):
+        read(copy.folder)
+    assert not canary.exists()
+    pickle.loads(pickle_bytes(canary))  # the control: what opens it runs it
+    assert canary.exists()
 
 
 def test_an_index_that_does_not_fit_its_files(editable: Edit, tmp_path: Path) -> None:

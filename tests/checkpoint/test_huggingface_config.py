@@ -61,6 +61,18 @@ def gpt2(**changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
+def mistral(**changes: Any) -> dict[str, Any]:
+    """The config.json of Mistral-7B-v0.1, smaller."""
+    plain = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32, "rope_theta": 1e4}
+    return llama(**(plain | changes))
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    """The config.json of Qwen2-7B, smaller."""
+    plain = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 131072}
+    return llama(**(plain | {"use_sliding_window": False, "max_window_layers": 28} | changes))
+
+
 def test_llama_of_transformers_4(tmp_path: Path) -> None:
     section = config_from_hf(written(tmp_path, **llama()))
     assert section == ModelConfig(
@@ -71,7 +83,7 @@ def test_llama_of_transformers_4(tmp_path: Path) -> None:
 
 def test_what_is_left_out_means_what_it_means_to_transformers(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
     short = llama(num_key_value_heads=..., rms_norm_eps=..., rope_theta=..., max_position_embeddings=...)
     section, theirs = config_from_hf(written(tmp_path, **short)), LlamaConfig()
@@ -80,6 +92,23 @@ def test_what_is_left_out_means_what_it_means_to_transformers(tmp_path: Path) ->
     assert section["max_seq_len"] == theirs.max_position_embeddings
     assert section["rope_theta"] == theirs.rope_parameters["rope_theta"]
     assert section["tie_embeddings"] is theirs.tie_word_embeddings
+    # As many heads and layers as the numbers that are left out ask for.
+    deep = {"hidden_size": 512, "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": ...}
+    absent = deep | {"rms_norm_eps": ..., "rope_theta": ..., "max_position_embeddings": ..., "sliding_window": ...}
+    window = {"use_sliding_window": True, "max_window_layers": ...}
+    for make, theirs in (
+        (mistral(**absent), MistralConfig()),
+        (qwen2(**absent), Qwen2Config()),
+        (qwen2(**absent, **window), Qwen2Config(use_sliding_window=True, num_hidden_layers=30)),
+    ):
+        section = config_from_hf(written(tmp_path, **make))
+        assert section["num_kv_heads"] == theirs.num_key_value_heads
+        assert section["norm_eps"] == theirs.rms_norm_eps
+        assert section["max_seq_len"] == theirs.max_position_embeddings
+        assert section["rope_theta"] == theirs.rope_parameters["rope_theta"]
+        assert section["tie_embeddings"] is theirs.tie_word_embeddings
+        assert section["sliding_window"] == theirs.sliding_window
+    assert section["sliding_window_from"] == theirs.layer_types.index("sliding_attention") == 28
     section, theirs = config_from_hf(written(tmp_path, **gpt2())), GPT2Config()
     assert section["tie_embeddings"] is theirs.tie_word_embeddings
     assert section["ffn_hidden_size"] == 4 * 48
@@ -106,7 +135,7 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, rotary: di
     theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
     torch.testing.assert_close(rotary_frequencies(model, torch.device("cpu")).float(), theirs, rtol=1e-6, atol=0)
     # and once more through what is written
-    written(tmp_path, **config_to_hf(model, torch.float32, None))
+    written(tmp_path, **config_to_hf(model, torch.float32))
     assert config_from_hf(tmp_path) == model.model_dump()
     again = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
     assert torch.equal(again, theirs)
@@ -119,10 +148,55 @@ def test_both_places_of_the_rotary_keys_are_written() -> None:
         family="llama", vocab_size=100, hidden_size=64, num_layers=2, num_heads=4, max_seq_len=512,
         rope_theta=500000.0, rope_scaling=scaling, head_dim=32,
     )  # fmt: skip
-    config = config_to_hf(model, torch.bfloat16, 7)
+    config = config_to_hf(model, torch.bfloat16)
     assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, LLAMA3)
     assert config["rope_parameters"] == LLAMA3 | {"rope_theta": 500000.0}
-    assert (config["head_dim"], config["torch_dtype"], config["eos_token_id"]) == (32, "bfloat16", 7)
+    assert (config["head_dim"], config["torch_dtype"]) == (32, "bfloat16")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "window", "first"),
+    [
+        (mistral(), 32, 0),
+        (mistral(sliding_window=None), None, 0),
+        (qwen2(), None, 0),
+        (qwen2(use_sliding_window=True, sliding_window=7, max_window_layers=2), None, 0),
+        (qwen2(use_sliding_window=True, sliding_window=7, max_window_layers=1), 7, 1),
+        (qwen2(use_sliding_window=True, sliding_window=7, max_window_layers=0), 7, 0),
+        (qwen2(use_sliding_window=True, sliding_window=7, layer_types=[FULL, SLIDING]), 7, 1),
+        (qwen2(use_sliding_window=True, sliding_window=7, layer_types=[FULL, FULL]), None, 0),
+        (qwen2(use_sliding_window=True, sliding_window=None), None, 0),
+    ],
+)
+def test_which_layers_have_a_window_is_what_transformers_reads(
+    tmp_path: Path, config: dict[str, Any], window: int | None, first: int
+) -> None:
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig
+
+    model = ModelConfig(**config_from_hf(written(tmp_path, **config)))
+    assert (model.sliding_window, model.sliding_window_from) == (window, first)
+
+    def theirs() -> list[int | None]:
+        read = AutoConfig.from_pretrained(tmp_path)
+        kinds = [SLIDING] * 2 if read.model_type == "mistral" else read.layer_types
+        return [read.sliding_window if kind == SLIDING else None for kind in kinds]
+
+    assert theirs() == [model.window_of_layer(layer) for layer in range(2)]
+    # and once more through what is written
+    written(tmp_path, **config_to_hf(model, torch.float32))
+    assert config_from_hf(tmp_path) == model.model_dump()
+    assert theirs() == [model.window_of_layer(layer) for layer in range(2)]
+
+
+def test_a_window_that_differs_is_named(tmp_path: Path) -> None:
+    folder = written(tmp_path, **mistral())
+    model = ModelConfig(**config_from_hf(folder))
+    with pytest.raises(ConfigError, match=r"(?s)convert .* model\.yaml.*use model\.sliding_window=32"):
+        check_matches(folder, model.model_copy(update={"sliding_window": 33}))
 
 
 def test_every_difference_is_named_with_its_remedy(tmp_path: Path) -> None:
@@ -179,8 +253,8 @@ def test_the_fixes_that_are_named_make_the_model_match(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (
-            {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
-            "another architecture, model_type 'mistral'",
+            {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
+            r"another architecture, model_type 'mixtral'.*can be read is llama \(LlamaForCausalLM\), mistral \(",
         ),
         (llama(architectures=["LlamaForSequenceClassification"]), "another architecture"),
         ({}, "another architecture, model_type None"),
@@ -193,6 +267,14 @@ def test_the_fixes_that_are_named_make_the_model_match(tmp_path: Path) -> None:
         (llama(hidden_size=..., vocab_size=None), "vocab_size is missing; hidden_size is missing"),
         (llama(hidden_size="64"), "hidden_size = '64'"),
         (llama(quantization_config={"bits": 4}), "quantized"),
+        (mistral(hidden_act="gelu"), "hidden_act is 'gelu'.*plain MistralForCausalLM"),
+        (mistral(sliding_window=0), "sliding_window = 0"),
+        (mistral(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling is of type 'yarn'"),
+        (qwen2(use_sliding_window=True, layer_types=[SLIDING, FULL]), "layer_types mixes full_attention and sliding"),
+        (qwen2(use_sliding_window=True, layer_types=[FULL]), "layer_types is .*for each of 2 layers"),
+        (qwen2(use_sliding_window=True, layer_types=[FULL, {}]), "layer_types is .*for each of 2 layers"),
+        (qwen2(use_sliding_window=True, max_window_layers="1"), "max_window_layers is '1'"),
+        (qwen2(num_hidden_layers=...), "num_hidden_layers is missing"),
         (gpt2(activation_function="relu"), "activation_function is 'relu'"),
         (gpt2(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     ],

@@ -22,6 +22,8 @@ PUBLISHED_PARAMETERS = {
     "llama3-8b": 8030.3 * MILLION,
     "llama3.1-8b": 8030.3 * MILLION,
     "llama3-70b": 70553.7 * MILLION,
+    "mistral-7b": 7241.7 * MILLION,
+    "qwen2-7b": 7615.6 * MILLION,
 }
 
 
@@ -29,7 +31,8 @@ def num_parameters(config: RunConfig) -> int:
     m = config.model
     head = 0 if m.tie_embeddings else m.vocab_size * m.hidden_size
     attention = m.hidden_size * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads)
-    if m.family == "llama":
+    if m.family != "gpt2":
+        attention += m.head_dim * (m.num_heads + 2 * m.num_kv_heads) * (m.family == "qwen2")
         layer = attention + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
         return m.vocab_size * m.hidden_size + m.num_layers * layer + m.hidden_size + head
     biases = 4 * m.hidden_size + m.ffn_hidden_size + m.hidden_size

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import time
+import timeit
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_lite.data import DataError, IndexedWriter, TokenDataset
+from megatron_lite.data import DataError, IndexedReader, IndexedWriter, TokenDataset, split_fractions
+from megatron_lite.data.dataset import SampleRows
 
 LENGTHS = [[5, 0, 7, 20], [0, 9], [1, 1, 1, 30]]  # tokens of each document, file by file
 
@@ -114,3 +118,76 @@ def test_the_last_target_is_checked_too(tmp_path: Path) -> None:
         writer.add_document([0, 1, 2, 3, 9])
     with pytest.raises(DataError, match="token 4 has the id 9"):
         TokenDataset([tmp_path / "a"], 4, vocab_size=9).sample(0)
+
+
+@pytest.mark.parametrize("seq_len", [1, 3, 8])
+def test_parts_of_a_split_hold_each_document_once(tmp_path: Path, seq_len: int) -> None:
+    """By document, in each file, from the first to the last; together they are the whole."""
+    prefixes, documents = corpus(tmp_path, [[5, 0, 7, 20, 3, 3, 1, 4, 4, 2], [30, 9, 8, 7]])
+    by_file = [documents[:10], documents[10:]]
+    bounds = [(0, 5, 8, 10), (0, 2, 3, 4)]  # 0.5, 0.3, 0.2 of 10; of 4: 2, round(3.2), 4
+    for number, fractions in enumerate(split_fractions([0.5, 0.3, 0.2])):
+        stream, owner = [], []
+        for file, cuts in zip(by_file, bounds, strict=True):
+            for document in file[cuts[number] : cuts[number + 1]]:
+                stream += document
+                owner += [document[0] if document else -1] * len(document)
+        dataset = TokenDataset(prefixes, seq_len, isolate_documents=True, fractions=fractions)
+        assert dataset.num_tokens == len(stream)
+        for index in range(len(dataset)):
+            sample = dataset.sample(index)
+            first = index * seq_len
+            assert sample.tokens.tolist() == stream[first : first + seq_len + 1]
+            assert sample.document_ids is not None and sample.positions is not None
+            owners = owner[first : first + seq_len]
+            changes = np.cumsum([place > 0 and owners[place] != owners[place - 1] for place in range(seq_len)])
+            assert sample.document_ids.tolist() == changes.tolist()
+            assert sample.positions.tolist() == [place - owners.index(one) for place, one in enumerate(owners)]
+
+
+def test_a_part_reads_no_token_of_another(tmp_path: Path) -> None:
+    """A bad id in the part to train on is no error of the part to evaluate on."""
+    with IndexedWriter(tmp_path / "a", np.int32) as writer:
+        writer.add_document([999] * 10)
+        writer.add_document([1] * 10)
+    train, valid = (TokenDataset([tmp_path / "a"], 4, vocab_size=9, fractions=f) for f in ((0.0, 0.5), (0.5, 1.0)))
+    valid.check_token_ids(9)
+    assert valid.sample(0).tokens.tolist() == [1] * 5
+    with pytest.raises(DataError, match="token 0 has the id 999"):
+        train.check_token_ids(9)
+
+
+def test_a_file_with_jumps(tmp_path: Path) -> None:
+    """Sequences that lie in another order than the index names them, among files without jumps."""
+    prefixes, documents = corpus(tmp_path, [[5, 6], [4, 8, 3], [7, 7]], dtypes="HHH")
+    path = prefixes[1].with_suffix(".idx")
+    data = bytearray(path.read_bytes())
+    begin = 34 + 3 * 4
+    data[begin : begin + 24] = np.array([22, 0, 16], dtype="<i8").tobytes()  # lengths 4, 8, 3 from tokens 11, 0 and 8
+    path.write_bytes(bytes(data))
+    old = [token for document in documents[2:5] for token in document]
+    shuffled = [old[11:15], old[0:8], old[8:11]]
+    assert not IndexedReader(prefixes[1]).is_contiguous and IndexedReader(prefixes[0]).is_contiguous
+    stream = [token for document in [*documents[:2], *shuffled, *documents[5:]] for token in document]
+    owner = [n for n, document in enumerate([*documents[:2], *shuffled, *documents[5:]]) for _ in document]
+    dataset = TokenDataset(prefixes, 5, isolate_documents=True)
+    for index in range(len(dataset)):
+        sample = dataset.sample(index)
+        assert sample.tokens.tolist() == stream[5 * index : 5 * index + 6]
+        assert sample.document_ids is not None
+        assert sample.document_ids.tolist() == [n - owner[5 * index] for n in owner[5 * index : 5 * index + 5]]
+
+
+def test_many_short_documents_are_read_as_fast_as_long_ones(tmp_path: Path) -> None:
+    """A hundred documents in a sample cost no loop over them: at most five times what one costs."""
+    seconds = []
+    for length in (1, 20_000):
+        with IndexedWriter(tmp_path / f"a{length}", np.uint16) as writer:
+            for _ in range(20_000 // length):
+                writer.add_document([1] * length)
+        dataset = TokenDataset([tmp_path / f"a{length}"], 100, isolate_documents=True)
+        ids, out = np.arange(190), SampleRows.empty(190, 100, True)
+        best = min(timeit.repeat(partial(dataset.fill, ids, ids, out), timer=time.process_time, number=1, repeat=5))
+        seconds.append(best)
+        assert out.documents is not None and out.documents[:, -1].max() == (99 if length == 1 else 0)
+    assert seconds[0] < 5 * seconds[1] + 2e-4

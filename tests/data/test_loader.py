@@ -60,21 +60,21 @@ def test_every_layout_reads_the_same_batch(prefix: Path, dp: int, micro: int) ->
     one = loaders(prefix, 1, 12)
     ranks = loaders(prefix, dp, micro)
     for step in (0, 2, 3):  # 29 samples: steps 2 and beyond cross into the next epoch
-        batches = [loader.batch(step) for loader in ranks]
+        batches = [loader.batch(12 * step) for loader in ranks]
         assert all(len(batch) == 12 // (dp * micro) == ranks[0].num_microbatches for batch in batches)
         assert all(part.tokens.shape == part.targets.shape == (micro, SEQ_LEN) for batch in batches for part in batch)
         for name in ("tokens", "targets"):
-            assert torch.equal(joined(batches, name), joined([one[0].batch(step)], name))
-        assert not torch.equal(joined(batches), joined([one[0].batch(step + 1)]))  # negative control
+            assert torch.equal(joined(batches, name), joined([one[0].batch(12 * step)], name))
+        assert not torch.equal(joined(batches), joined([one[0].batch(12 * step + 12)]))  # negative control
         assert sum(int((part.targets != IGNORED_TARGET).sum()) for batch in batches for part in batch) == 48
 
 
 def test_unshuffled_batches_are_the_text_in_order(prefix: Path) -> None:
     (loader,) = loaders(prefix, 1, 3, shuffle=False)
     for step in (0, 1):
-        tokens = joined([loader.batch(step)])
+        tokens = joined([loader.batch(12 * step)])
         assert tokens.flatten().tolist() == list(range(step * 48, step * 48 + 48))
-        assert torch.equal(joined([loader.batch(step)], "targets"), tokens + 1)
+        assert torch.equal(joined([loader.batch(12 * step)], "targets"), tokens + 1)
 
 
 def test_tensors(prefix: Path) -> None:
@@ -96,7 +96,7 @@ def test_tensors(prefix: Path) -> None:
 
 def test_an_epoch_reads_every_sample_once(prefix: Path) -> None:
     (loader,) = loaders(prefix, 1, 12)
-    firsts = torch.cat([joined([loader.batch(step)])[:, 0] for step in range(3)]).tolist()
+    firsts = torch.cat([joined([loader.batch(12 * step)])[:, 0] for step in range(3)]).tolist()
     assert sorted(firsts[:29]) == [SEQ_LEN * sample for sample in range(29)]
     assert firsts[:29] != sorted(firsts[:29])
 
@@ -141,10 +141,10 @@ def test_evaluation_stops_where_it_is_told(prefix: Path) -> None:
 def test_prefetching_changes_nothing(prefix: Path) -> None:
     (plain,), (ahead,) = loaders(prefix, 1, 4), loaders(prefix, 1, 4, prefetch=True)
     for step in (0, 1, 2, 7, 7, 3):  # in order, a jump, a repetition, a step back
-        assert torch.equal(joined([ahead.batch(step)]), joined([plain.batch(step)]))
+        assert torch.equal(joined([ahead.batch(12 * step)]), joined([plain.batch(12 * step)]))
     ahead.close()
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
-    assert torch.equal(joined([ahead.batch(1)]), joined([plain.batch(1)]))  # closed, it still reads
+    assert torch.equal(joined([ahead.batch(12)]), joined([plain.batch(12)]))  # closed, it still reads
 
 
 def test_an_error_in_the_prefetching_thread_is_raised_at_its_step(tmp_path: Path) -> None:

@@ -80,16 +80,16 @@ LAYOUTS = [(dp, micro) for dp in (1, 2, 3, 4, 6, 12) for micro in (1, 2, 3, 4, 6
 @pytest.mark.parametrize(("dp", "micro"), LAYOUTS)
 @pytest.mark.parametrize("step", [0, 1, 17])
 def test_a_global_batch_is_the_same_whatever_the_layout(dp: int, micro: int, step: int) -> None:
-    shares = [batch_indices(step, 12, dp, rank, micro) for rank in range(dp)]
+    shares = [batch_indices(step * 12, 12, dp, rank, micro) for rank in range(dp)]
     assert all(len(places) == micro for share in shares for places in share)
     flat = [k for share in shares for places in share for k in places]
     assert flat == list(range(step * 12, step * 12 + 12))
     if step:  # negative control: an earlier step is another batch
-        assert batch_indices(step - 1, 12, dp, 0, micro) != shares[0]
+        assert batch_indices(step * 12 - 12, 12, dp, 0, micro) != shares[0]
 
 
 def test_a_rank_reads_a_contiguous_part() -> None:
-    assert batch_indices(2, 8, dp=2, dp_rank=1, micro_batch_size=2) == [range(20, 22), range(22, 24)]
+    assert batch_indices(16, 8, dp=2, dp_rank=1, micro_batch_size=2) == [range(20, 22), range(22, 24)]
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does() -> None:

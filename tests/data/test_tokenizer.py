@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from megatron_lite.data import DataError
 from megatron_lite.data.tokenizer import (
     END_OF_DOCUMENT,
+    as_continuation,
+    declared_end,
     end_of_document_id,
     load_tokenizer,
     save_tokenizer,
     tokenizer_vocab_size,
-    train_tokenizer,
 )
+from megatron_lite.data.tokenizer_training import TokenizerType, train_tokenizer
 
 TEXT = ["the cat sat on the mat\n" * 50, "def cat(mat):\n    return mat\n" * 50, "ünïcödé 文字 🙂\n" * 20]
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "the cat", "  two  spaces\n\n\ttab", "文字 🙂 \x00 never seen: ß", "\r\n\r\n"]
-)
-def test_text_comes_back_unchanged(text: str) -> None:
-    tokenizer = train_tokenizer(TEXT, 300)
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+STRANGE = ["", " ", "the cat", "  two  spaces\n\n\ttab", "文字 🙂 \x00 never seen: ß", "\r\n\r\n", "▁ e\u0301 ##s"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_text_comes_back_unchanged(kind: TokenizerType) -> None:
+    tokenizer = train_tokenizer([*TEXT, Path(__file__).read_text()], 400, kind)
+    for text in STRANGE:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.token_to_id(END_OF_DOCUMENT) == 0
+    assert len(tokenizer.encode("tokenizer tokenizer").ids) < 10
+
+
+def test_wordpiece_gives_words_back_and_no_spaces() -> None:
+    tokenizer = train_tokenizer(TEXT, 300, "wordpiece")
+    assert tokenizer.token_to_id(END_OF_DOCUMENT) == 0
+    assert tokenizer.decode(tokenizer.encode("the cat sat").ids) == "the cat sat"
+    # What its docstring says it loses, which is the negative control of the test above.
+    assert tokenizer.decode(tokenizer.encode("the\n  cat").ids) == "the cat"
+    assert "[UNK]" in tokenizer.encode("the ß").tokens
+    assert any(token.startswith("##") for token in tokenizer.get_vocab())
+
+
+def test_bad_types() -> None:
+    with pytest.raises(ValueError, match=r"'bert' is unknown; it must be one of bpe, unigram, wordpiece"):
+        train_tokenizer(TEXT, 300, "bert")  # type: ignore[arg-type]
 
 
 def test_vocabulary() -> None:
@@ -45,7 +67,7 @@ def test_vocabulary() -> None:
 
 def test_training_is_deterministic() -> None:
     code = (
-        "import hashlib; from megatron_lite.data.tokenizer import train_tokenizer; "
+        "import hashlib; from megatron_lite.data.tokenizer_training import train_tokenizer; "
         f"print(hashlib.sha256(train_tokenizer({TEXT!r}, 320).to_str().encode()).hexdigest())"
     )
     here = hashlib.sha256(train_tokenizer(TEXT, 320).to_str().encode()).hexdigest()
@@ -79,3 +101,30 @@ def test_end_of_document_of_other_tokenizers() -> None:
     assert tokenizer_vocab_size(llama) == 10  # ids 1 .. 8 are a gap
     with pytest.raises(DataError, match="<end>"):
         end_of_document_id(llama, "<end>")
+
+
+def test_the_end_that_a_config_declares(tmp_path: Path) -> None:
+    save_tokenizer(train_tokenizer(TEXT, 300), tmp_path / "tokenizer.json")
+    assert declared_end(tmp_path) is None
+    config = tmp_path / "tokenizer_config.json"
+    for content in ({"eos_token": "<end>"}, {"eos_token": {"content": "<end>", "lstrip": False}}):
+        config.write_text(json.dumps(content))
+        assert declared_end(tmp_path) == declared_end(tmp_path / "tokenizer.json") == "<end>"
+    config.write_text('{"eos_token": null}')
+    assert declared_end(tmp_path) is None
+    for bad in ("", "[1]"):
+        config.write_text(bad)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json: is no JSON object.*--end-token"):
+            declared_end(tmp_path)
+
+
+def test_what_goes_on_gets_no_prefix() -> None:
+    words = models.WordLevel({"▁a": 0, "a": 1, "?": 2}, unk_token="?")
+    by_normalizer, by_metaspace = Tokenizer(words), Tokenizer(words)
+    by_normalizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")])
+    by_metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    for tokenizer in (by_normalizer, by_metaspace):
+        assert tokenizer.encode("a").ids == [0]
+        rest = as_continuation(tokenizer)
+        assert rest is not None and rest.encode("a").ids == [1]
+    assert as_continuation(train_tokenizer(TEXT, 300)) is None

@@ -184,3 +184,21 @@ def test_environ_is_the_process_environment_by_default(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="but not WORLD_SIZE"), world(device="cpu"):
         pass
     assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("num_devices", "expected"), [(1, "cpu"), (2, "cuda")])
+def test_auto_takes_devices_where_there_is_one_for_each_rank_here(
+    num_devices: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none where some rank would be left without."""
+
+    class Joining(Exception):
+        pass
+
+    def join(rendezvous: Rendezvous, timeout_s: float) -> None:
+        raise Joining(rendezvous.device.type)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    monkeypatch.setattr("megatron_lite.distributed.rendezvous.init_process_group", join)
+    with pytest.raises(Joining, match=expected), world(environ_of(0, 2, 1)):
+        pass

@@ -9,7 +9,7 @@ import yaml
 from megatron_lite.config.schema import KernelsConfig, ModelConfig
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.transformer import Transformer
-from tests.models.tiny import model_config
+from tests.models.tiny import FAMILIES, model_config
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 # As published with the checkpoints; a tied head counts once.
@@ -20,6 +20,8 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248,
     "llama3.1-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-7b": 7_615_616_512,
 }
 
 
@@ -37,6 +39,8 @@ CONFIGS = [
     model_config(),
     model_config(num_kv_heads=1, tie_embeddings=True, num_layers=5),
     model_config(head_dim=10, vocab_size=1009),
+    model_config("mistral"),
+    model_config("qwen2", num_kv_heads=1),
     model_config("gpt2"),
     model_config("gpt2", tie_embeddings=False),
     *(shipped(path.stem) for path in sorted(MODELS.glob("*.yaml"))),
@@ -64,7 +68,7 @@ def test_every_shipped_model_of_published_size_is_listed() -> None:
     assert {path.stem for path in MODELS.glob("*.yaml")} == PUBLISHED.keys() | made_up
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_matrices_decay_and_vectors_do_not(family: str) -> None:
     table = parameter_table(model_config(family))
     assert {len(spec.shape) for spec in table} == {1, 2}
@@ -73,7 +77,20 @@ def test_matrices_decay_and_vectors_do_not(family: str) -> None:
         assert spec.init == ("normal" if spec.decay else "ones" if spec.name.endswith("norm.weight") else "zeros")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_qwen2_has_biases_on_queries_keys_and_values_alone() -> None:
+    names = {spec.name for spec in parameter_table(model_config("qwen2")) if spec.name.endswith("bias")}
+    assert names == {f"layers.{layer}.attention.qkv.bias" for layer in range(2)}
+    assert not any(spec.name.endswith("bias") for spec in parameter_table(model_config("mistral")))
+
+
+def test_each_layer_has_the_window_that_the_config_gives_it() -> None:
+    config = model_config("qwen2", num_layers=3, sliding_window=7, sliding_window_from=1)
+    with torch.device("meta"):
+        model = Transformer(config, KernelsConfig())
+    assert [layer.attention.window for layer in model.layers.values()] == [None, 7, 7]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_each_rank_holds_whole_is_partial_under_sequence_parallelism(family: str) -> None:
     """Each rank then sees its own tokens only, and no parameter may be forgotten."""
     for spec in parameter_table(model_config(family)):

@@ -24,7 +24,9 @@ LLAMA: dict[str, Any] = {
     "max_seq_len": 32,
 }
 GPT2: dict[str, Any] = {**LLAMA, "family": "gpt2", "num_kv_heads": 8}
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+MISTRAL: dict[str, Any] = {**LLAMA, "family": "mistral", "sliding_window": 5}
+QWEN2: dict[str, Any] = {**LLAMA, "family": "qwen2"}
+FAMILIES = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt2": GPT2}
 
 
 def model_config(family: str = "llama", **changes: Any) -> ModelConfig:

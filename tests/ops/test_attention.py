@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -18,12 +19,20 @@ def qkv(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dtype: tor
     return [torch.randn(batch, tokens, h, dim).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """What one would write without a thought for precision: every intermediate in the dtype of the inputs."""
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    mask = visible(documents, causal, q.shape[2], q.device)
+    mask = visible(documents, causal, q.shape[2], k.shape[2], q.device, window, lengths)
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
@@ -146,12 +155,74 @@ def test_compiles_without_a_graph_break(packed: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+WINDOWS = [2, 7, 30, 31, 500]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_is_at_most_twice_as_wrong_as_plain_torch(
+    window: int, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and in chunks of 8 queries, as long sequences are computed."""
+    options = {"documents": documents_of([11, 20], 2) if packed else None, "window": window}
+    arguments = qkv(2, 31, 4, 2, 16, dtype)
+    for chunk in (1024, 8):
+        monkeypatch.setattr(importlib.import_module("megatron_lite.ops.attention"), "WINDOW_CHUNK", chunk)
+        for op in (attention, attention_reference):
+            check_against_plain(*[functools.partial(f, **options) for f in (op, plain)], arguments)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_window_is_the_last_keys_and_the_token_itself(backend: str) -> None:
+    """Each query alone, over exactly the keys that it may see; one key more or less is another result."""
+    q, k, v = qkv(1, 23, 4, 2, 16, torch.float64)
+    out = attention(q, k, v, window=5, backend=backend)
+    for i in range(23):
+        keys = slice(max(0, i - 4), i + 1)
+        alone = attention(q[:, i : i + 1], k[:, keys], v[:, keys], backend="reference")
+        torch.testing.assert_close(out[:, i : i + 1], alone, rtol=0, atol=1e-13)
+    for other in (4, 6):
+        assert (out - attention(q, k, v, window=other, backend=backend))[:, 6:].abs().amin(dim=(0, 2, 3)).min() > 1e-6
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+@pytest.mark.parametrize("num_queries", [1, 2, 9])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_last_queries_are_computed_as_among_all(
+    num_queries: int, window: int | None, packed: bool, backend: str
+) -> None:
+    q, k, v = qkv(2, 31, 4, 2, 16, torch.float64)
+    documents = documents_of([21, 10], 2) if packed else None
+    whole = attention(q, k, v, documents, window=window, backend="reference")
+    last = attention(q[:, -num_queries:], k, v, documents, window=window, backend=backend)
+    torch.testing.assert_close(last, whole[:, -num_queries:], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_rows_of_different_lengths_are_computed_as_if_alone(num_queries: int, window: int | None, backend: str) -> None:
+    """And what lies behind a row's end does not matter."""
+    q, k, v = qkv(3, 31, 4, 2, 16, torch.float64)
+    q, lengths = q[:, :num_queries], torch.tensor([31, 3, 17])
+    together = attention(q, k, v, window=window, lengths=lengths, backend=backend)
+    for row, length in enumerate(lengths.tolist()):
+        own = (q[row : row + 1], k[row : row + 1, :length], v[row : row + 1, :length])
+        alone = attention(*own, window=window, backend="reference")
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-13)
+        k[row, length:], v[row, length:] = 1e6, -1e6
+    assert torch.equal(attention(q, k, v, window=window, lengths=lengths, backend=backend), together)
+    assert not torch.equal(attention(q, k, v, window=window, backend=backend), together)
+
+
 def test_the_rule_catches_a_mask_that_lets_one_future_key_through() -> None:
     """Negative control."""
     arguments = qkv(1, 31, 2, 1, 16, torch.float32)
 
     def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = visible(None, True, 31, q.device)
+        mask = visible(None, True, 31, 31, q.device)
         assert mask is not None
         mask[7, 8] = True
         heads = [t.transpose(1, 2) for t in (q, k, v)]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,9 @@ def test_install_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> None
     output, report, folder = build(tmp_path, CXX="/nowhere/g++", NVCC="/nowhere/nvcc", PATH="/nowhere")
     assert "CPU kernels: left out: the C++ compiler CXX=/nowhere/g++ is not there" in output
     assert "CUDA C++ kernels: left out" in output
-    assert report["cpu"] and report["cuda"]
-    assert not (folder / "_native.so").exists()
+    assert "C++ index of the data: left out: the C++ compiler CXX=/nowhere/g++ is not there" in output
+    assert report["cpu"] and report["cuda"] and report["index"]
+    assert not (folder / "_native.so").exists() and not list((folder / "../data").glob("_index*"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -74,5 +76,7 @@ def test_a_failing_nvcc_costs_only_the_cuda_kernels(tmp_path: Path) -> None:
     output, report, folder = build(tmp_path, NVCC=str(nvcc), PATH=os.environ["PATH"])
     assert "CPU kernels: built" in output
     assert "CUDA C++ kernels: left out: nvcc failed: nvcc fatal: unsupported host compiler" in output
-    assert report["cpu"] is None
+    assert report["cpu"] is None and report["index"] is None
     assert (folder / "_native.so").exists()
+    (index,) = (folder / "../data").glob("_index*")
+    assert index.name == "_index" + sysconfig.get_config_var("EXT_SUFFIX")  # it serves this Python alone

@@ -35,6 +35,26 @@ MODELS = {
         "model.vocab_size=128",
         "data.isolate_documents=true",
     ),
+    # A window shorter than the sequence, on all layers; fewer key-value heads than tp=4.
+    "mistral-2kv": (
+        "model.family=mistral",
+        "model.num_heads=8",
+        "model.num_kv_heads=2",
+        "model.num_layers=4",
+        "model.vocab_size=97",
+        "model.sliding_window=6",
+    ),
+    # Biases of key-value heads that ranks hold more than once; a window on the last layers, in isolated documents.
+    "qwen2-1kv-documents": (
+        "model.family=qwen2",
+        "model.num_heads=8",
+        "model.num_kv_heads=1",
+        "model.num_layers=5",
+        "model.vocab_size=128",
+        "model.sliding_window=3",
+        "model.sliding_window_from=2",
+        "data.isolate_documents=true",
+    ),
     "gpt2-tied": (*_GPT2, "model.num_layers=4", "model.vocab_size=1009"),
     "gpt2-untied": (*_GPT2, "model.num_layers=5", "model.vocab_size=97", "model.tie_embeddings=false"),
 }

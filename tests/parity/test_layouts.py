@@ -18,9 +18,12 @@ CASES = {
     ("llama-2kv", "float64"): "tp=2,pp=2,dp=2,sp; tp=4,sp; pp=4,gpipe; dp=4,zero=0",
     ("llama-1kv-tied-1009", "float64"): "tp=2,pp=2,dp=2; tp=2,pp=4,sp; pp=2,dp=2,gpipe,zero=0; tp=4",
     ("llama-documents", "float64"): "tp=2,pp=2; dp=2",
+    ("mistral-2kv", "float64"): "tp=4,sp; tp=2,pp=2,dp=2",
+    ("qwen2-1kv-documents", "float64"): "tp=4,pp=2; tp=2,dp=2,sp,zero=0; tp=2,pp=4",
     ("gpt2-tied", "float64"): "tp=2,pp=2,dp=2,sp,gpipe; pp=4",
     ("gpt2-untied", "float64"): "tp=2,pp=2,sp; pp=4,dp=2,zero=0",
     ("llama-2kv", "float32"): "tp=2,pp=2,dp=2,sp; tp=4,pp=2; dp=2",
+    ("qwen2-1kv-documents", "float32"): "tp=2,pp=2,dp=2,sp",
     ("llama-1kv-tied-1009", "float32"): "tp=2,pp=4; tp=2,dp=2,sp",
     ("gpt2-tied", "float32"): "tp=2,pp=2,dp=2,sp; pp=2,dp=2,gpipe,zero=0",
 }

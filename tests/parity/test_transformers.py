@@ -5,6 +5,7 @@ All in float32. Weights are drawn in transformers, so that its layout of a check
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_lite.checkpoint.huggingface import config_from_hf, export_huggingface, huggingface_weights
+from megatron_lite.checkpoint.store import save
 from megatron_lite.checkpoint.weights import iterate_weights
 from megatron_lite.config.load import load_config
 from megatron_lite.config.problems import override
@@ -26,7 +28,7 @@ from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.train.build import Training, build, layout_of
-from megatron_lite.train.loop import save
+from megatron_lite.train.checkpoints import tensors_to_save
 from megatron_lite.train.step import train_step
 
 BOUND = 1e-5  # the issue's bound, absolute and relative to the largest entry
@@ -40,7 +42,7 @@ TRAINING_LAYOUTS = {
     "single": (1, []),
     "tp2-pp2-dp2": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.dp=2"]),
 }
-MODELS = ("llama", "llama-tied", "gpt2")
+MODELS = ("llama", "llama-tied", "mistral", "qwen2", "gpt2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,10 +62,24 @@ def transformers_config(name: str) -> Any:
             vocab_size=VOCABULARY, n_embd=64, n_layer=4, n_head=4, n_positions=64,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if name == "mistral":  # a window shorter than the sequence, and heads that are wider than hidden_size / num_heads
+        return transformers.MistralConfig(**shape, sliding_window=11, head_dim=24)
+    if name == "qwen2":  # biases, and a window on the second half of the layers
+        return transformers.Qwen2Config(**shape, use_sliding_window=True, sliding_window=11, max_window_layers=2)
     return transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0,
-        tie_word_embeddings=name == "llama-tied",
+        **shape, tie_word_embeddings=name == "llama-tied",
         rope_parameters={
             "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
@@ -141,20 +157,24 @@ def logits_job(folder: Path, overrides: list[str], tokens: Tensor) -> tuple[int,
 
 
 def training_job(folder: Path, overrides: list[str], data: Tensor, weights_folder: Path) -> list[float]:
-    """The loss of every step. The weights that the last step starts from are left in ``weights_folder``."""
+    """The loss of every step. What the last step starts from is left in ``weights_folder``."""
     training = start(folder, overrides)
     dp, losses = training.mesh.dp, []
     batches = data.split(BATCH)
     for number, batch in enumerate(batches, start=1):
         if number == len(batches):
-            save(training, weights_folder)
+            save_checkpoint(training, weights_folder)
         own = batch.tensor_split(dp.size)[dp.index]
         losses.append(train_step(training, [Microbatch(b[:, :-1], b[:, 1:]) for b in own.split(2)]).loss)
     return losses
 
 
+def save_checkpoint(training: Training, out: Path) -> None:
+    save(out, tensors_to_save(training), state={}, model=training.config.model, axis=training.mesh.world)
+
+
 def save_job(folder: Path, overrides: list[str], weights_folder: Path) -> None:
-    save(start(folder, overrides), weights_folder)
+    save_checkpoint(start(folder, overrides), weights_folder)
 
 
 def imported_logits(pool: WorkerPool, folder: Path, layout: str, tokens: Tensor) -> list[Tensor]:
@@ -259,7 +279,9 @@ def test_two_swapped_heads_break_the_bound_on_logits(pool: WorkerPool, checkpoin
     tensors = load_file(checkpoint / "model.safetensors")
     is_gpt2 = "transformer.h.0.attn.c_attn.weight" in tensors
     name = "transformer.h.0.attn.c_attn.weight" if is_gpt2 else "model.layers.0.self_attn.q_proj.weight"
-    swapped = torch.cat([torch.arange(16, 32), torch.arange(16), torch.arange(32, tensors[name].shape[is_gpt2])])
+    width = json.loads((checkpoint / "config.json").read_text()).get("head_dim") or 16
+    first, rest = torch.arange(width), torch.arange(2 * width, tensors[name].shape[is_gpt2])
+    swapped = torch.cat([width + first, first, rest])
     tensors[name] = tensors[name].index_select(int(is_gpt2), swapped)
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     save_file(tensors, tmp_path / "model.safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lite.checkpoint.convert import convert_run
+from megatron_lite.checkpoint.convert import convert_model
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.data import IndexedWriter
 from megatron_lite.distributed.mesh import build_mesh
@@ -141,7 +141,7 @@ def test_reports_of_two_ranks_are_one_run(pool: WorkerPool, corpus: Path, tmp_pa
 
 
 def test_another_run_is_not_overwritten(pool: WorkerPool, corpus: Path, tmp_path: Path) -> None:
-    short = ("train.num_steps=2", "optim.warmup_steps=1", "run.save_weights=false")
+    short = ("train.num_steps=2", "optim.warmup_steps=1", "checkpoint.save_last=false")
     config = tiny_config(corpus, tmp_path, "same", *short, world_size=2)
     run(pool, config)
     before = (tmp_path / "same" / run_files.METRICS).read_bytes()
@@ -179,7 +179,7 @@ def test_a_token_outside_the_vocabulary_stops_every_rank(pool: WorkerPool, corpu
 def test_a_converted_run_is_where_the_next_one_starts(
     pool: WorkerPool, corpus: Path, tmp_path: Path, single: Path, layout: str
 ) -> None:
-    said = convert_run(single, tmp_path / "hf", "float32")
+    said = convert_model(single, tmp_path / "hf", "float32")
     assert str(corpus / "tokenizer.json") in said
     world_size, overrides = LAYOUTS.get(layout, (1, ()))
     still = ("optim.lr=1e-12", "train.num_steps=1", "optim.warmup_steps=0", f"init.from_hf={tmp_path / 'hf'}")
@@ -194,12 +194,12 @@ def test_a_tokenizer_named_by_its_folder_is_converted_too(corpus: Path, tmp_path
     named = config.read_text(encoding="utf-8")
     assert f"{corpus}/tokenizer.json" in named
     config.write_text(named.replace(f"{corpus}/tokenizer.json", str(corpus)), encoding="utf-8")
-    assert f"with the tokenizer {corpus}/tokenizer.json" in convert_run(tmp_path / "run", tmp_path / "hf", "float32")
+    assert f"with the tokenizer {corpus}/tokenizer.json" in convert_model(tmp_path / "run", tmp_path / "hf", "float32")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
 def test_a_checkpoint_of_another_model_is_refused(pool: WorkerPool, corpus: Path, tmp_path: Path, single: Path) -> None:
-    convert_run(single, tmp_path / "hf", "float32")
+    convert_model(single, tmp_path / "hf", "float32")
     more = (f"init.from_hf={tmp_path / 'hf'}", "model.num_layers=3")
     with pytest.raises(WorkerError, match=r"model\.num_layers"):
         run(pool, tiny_config(corpus, tmp_path, "next", *more))

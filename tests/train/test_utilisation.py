@@ -20,6 +20,7 @@ SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "
 MODELS = {
     "llama": {"family": "llama", "num_kv_heads": 2},
     "tied": {"family": "llama", "tie_embeddings": True, "head_dim": 16},
+    "qwen2": {"family": "qwen2", "num_kv_heads": 2},
     "gpt2": {"family": "gpt2"},
 }
 
@@ -45,6 +46,15 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     assert executed_flops(model) == expected
     wider = model.model_copy(update={"ffn_hidden_size": model.ffn_hidden_size + 1})
     assert model_flops_per_token(wider, SEQ_LEN) > model_flops_per_token(model, SEQ_LEN), "it counts the model's sizes"
+
+
+@pytest.mark.parametrize("window", [1, 5, SEQ_LEN, SEQ_LEN + 1])
+def test_a_layer_with_a_sliding_window_needs_what_its_tokens_see(window: int) -> None:
+    whole = ModelConfig(**{**SIZES, "family": "qwen2"})
+    model = whole.model_copy(update={"sliding_window": window, "sliding_window_from": 1})
+    hidden = sum(max(0, seen - window) for seen in range(1, SEQ_LEN + 1)) / SEQ_LEN  # of one of the two layers
+    saved = model_flops_per_token(whole, SEQ_LEN) - model_flops_per_token(model, SEQ_LEN)
+    assert saved == 12 * model.num_heads * model.head_dim * hidden
 
 
 def measure() -> Peak:

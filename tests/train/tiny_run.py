@@ -46,3 +46,14 @@ def tiny_config(corpus: Path, out: Path, name: str = "tiny", *more: str, world_s
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / run_files.METRICS).read_text().splitlines()]
+
+
+def same_numbers(one: Path, other: Path) -> list[str]:
+    """In what the metrics of two runs differ: every number of every step in every bit, but for times and memory."""
+    first, second = read_metrics(one), read_metrics(other)
+    measured = {"step_time_s", "tokens_per_s", "mfu", "peak_memory_bytes"}
+    found = [] if len(first) == len(second) else [f"{len(first)} and {len(second)} records"]
+    for left, right in zip(first, second, strict=False):
+        keys = (left.keys() | right.keys()) - measured
+        found += [f"{key} of step {left['step']}" for key in sorted(keys) if left.get(key) != right.get(key)]
+    return found

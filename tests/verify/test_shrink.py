@@ -28,6 +28,9 @@ def check(whole: RunConfig, small: RunConfig) -> None:
     if before.rope_scaling is not None and after.rope_scaling is not None:
         assert after.rope_scaling.type == before.rope_scaling.type
         assert after.rope_scaling.factor == before.rope_scaling.factor
+    assert (after.sliding_window is None) == (before.sliding_window is None)
+    if after.sliding_window is not None:
+        assert after.sliding_window < small.train.seq_len, "a window that hides nothing proves nothing"
     assert parameter_table(after).num_parameters <= SMALL
     assert small.train.global_batch_size * small.train.seq_len <= 256
     assert (small.data.train, small.data.valid, small.data.tokenizer, small.init.from_hf) == ((), (), None, None)
@@ -65,7 +68,7 @@ def test_every_shipped_run_can_be_proven_in_its_own_layout(path: Path) -> None:
 
 
 def test_there_are_configs_to_shrink() -> None:
-    assert len(MODELS) >= 9 and len(RUNS) >= 4
+    assert len(MODELS) >= 11 and len(RUNS) >= 4
 
 
 # (model, keys, the own layout): rules that hold for the whole have to hold for the copy.
@@ -94,6 +97,16 @@ def test_a_small_model_is_proven_as_it_is() -> None:
     assert shrink(whole, "float64").model == whole.model
     large = of_model(CONFIGS / "models" / "llama3-8b.yaml")
     assert shrink(large, "float64").model != large.model
+
+
+def test_layers_without_a_window_stay_without_it() -> None:
+    window = ("model.sliding_window=64", "model.sliding_window_from=14")
+    small = shrink(of_model(CONFIGS / "models" / "qwen2-7b.yaml", *window), "float64").model
+    assert [small.window_of_layer(layer) for layer in range(small.num_layers)] == [None, None, 16, 16]
+    tiny = ("model.family=qwen2", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=97")
+    keys = (*tiny, *KEYS, "model.num_layers=3", "model.max_seq_len=128", "model.sliding_window=5")
+    small = shrink(load_config(None, [*keys, "model.sliding_window_from=1"]), "float64").model
+    assert [small.window_of_layer(layer) for layer in range(3)] == [None, 5, 5]
 
 
 def test_a_split_by_hand_stays_where_the_depth_does() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lite.checkpoint.shard_reader import Part, PartTable
 from megatron_lite.config.schema import ModelConfig
@@ -29,26 +29,31 @@ class FamilyNames:
 
 HEAD = "lm_head.weight"
 
+_LLAMA = FamilyNames(
+    prefix="model.",
+    tensors={
+        "embedding.tokens.weight": ("embed_tokens.weight",),
+        "layers.*.attention_norm.weight": ("layers.*.input_layernorm.weight",),
+        "layers.*.attention.qkv.weight": (
+            "layers.*.self_attn.q_proj.weight",
+            "layers.*.self_attn.k_proj.weight",
+            "layers.*.self_attn.v_proj.weight",
+        ),
+        "layers.*.attention.out.weight": ("layers.*.self_attn.o_proj.weight",),
+        "layers.*.mlp_norm.weight": ("layers.*.post_attention_layernorm.weight",),
+        "layers.*.mlp.up.weight": ("layers.*.mlp.gate_proj.weight", "layers.*.mlp.up_proj.weight"),
+        "layers.*.mlp.down.weight": ("layers.*.mlp.down_proj.weight",),
+        "final_norm.weight": ("norm.weight",),
+        "head.weight": (HEAD,),
+    },
+    buffers=(".rotary_emb.inv_freq",),
+)
+_QKV_BIAS = tuple(f"layers.*.self_attn.{part}_proj.bias" for part in "qkv")
+
 NAMES = {
-    "llama": FamilyNames(
-        prefix="model.",
-        tensors={
-            "embedding.tokens.weight": ("embed_tokens.weight",),
-            "layers.*.attention_norm.weight": ("layers.*.input_layernorm.weight",),
-            "layers.*.attention.qkv.weight": (
-                "layers.*.self_attn.q_proj.weight",
-                "layers.*.self_attn.k_proj.weight",
-                "layers.*.self_attn.v_proj.weight",
-            ),
-            "layers.*.attention.out.weight": ("layers.*.self_attn.o_proj.weight",),
-            "layers.*.mlp_norm.weight": ("layers.*.post_attention_layernorm.weight",),
-            "layers.*.mlp.up.weight": ("layers.*.mlp.gate_proj.weight", "layers.*.mlp.up_proj.weight"),
-            "layers.*.mlp.down.weight": ("layers.*.mlp.down_proj.weight",),
-            "final_norm.weight": ("norm.weight",),
-            "head.weight": (HEAD,),
-        },
-        buffers=(".rotary_emb.inv_freq",),
-    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": replace(_LLAMA, tensors=_LLAMA.tensors | {"layers.*.attention.qkv.bias": _QKV_BIAS}),
     "gpt2": FamilyNames(
         prefix="transformer.",
         tensors={

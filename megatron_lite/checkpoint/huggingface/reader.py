@@ -14,6 +14,7 @@ from megatron_lite.models.identity import ParameterTable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARDS = "model-[0-9]*-of-[0-9]*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -25,8 +26,8 @@ def huggingface_weights(
     Reads ``model.safetensors`` or the files of ``model.safetensors.index.json``, with or without the prefix of the
     base model. All names and shapes are checked before the first value is read.
 
-    Raises CheckpointError for a folder without safetensors, a file that is missing or truncated, tensors that are
-    missing, left over, or of another shape.
+    Raises CheckpointError for a folder without safetensors, a file that is missing, truncated or left over, tensors
+    that are missing, left over, or of another shape; the source raises it for weights that are NaN or infinite.
     """
     files = _open_files(Path(folder))
     with_prefix = has_prefix(model.family, files.names)
@@ -75,6 +76,12 @@ def _open_indexed(folder: Path) -> TensorFiles:
         raise CheckpointError(
             f"{folder}: {len(absent)} of the {len(names)} files in {INDEX_FILE} are missing: {list_some(absent)}; "
             "download them as well"
+        )
+    extra = sorted(path.name for path in folder.glob(SHARDS) if path.name not in names)
+    if extra:
+        raise CheckpointError(
+            f"{folder}: {list_some(extra)} is not in {INDEX_FILE}: the folder holds files of two checkpoints, or the "
+            "index of another one; download it again into an empty folder, or remove what does not belong to it"
         )
     files = TensorFiles(folder, names)
     lacking = [f"{tensor} in {name}" for tensor, name in weight_map.items() if tensor not in files]

@@ -1,0 +1,39 @@
+"""A function run as ranks: of the world that torchrun started, of processes started here, or as the only one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+
+from megatron_lite.cli.common import errors_told
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ
+
+
+def run_in_ranks(module: str, function: str, args: tuple[Any, ...], *, nproc: int | None, debug: bool) -> None:
+    """Calls ``module.function(*args)`` and ends the command with its exit code.
+
+    nproc: processes to start on this machine; None joins torchrun, or makes this process the only one. Of started
+    ones the first has the terminal.
+    """
+    import importlib
+
+    from megatron_lite.distributed.launch import launch_local, run_rank
+
+    if nproc is None and started_by_torchrun():
+        raise typer.Exit(run_rank(getattr(importlib.import_module(module), function), args))
+    with errors_told(debug):
+        if nproc is None:
+            getattr(importlib.import_module(module), function)(*args)
+            return
+        if started_by_torchrun():
+            raise ValueError(
+                "--nproc starts processes, and this one was started by torchrun already; leave one of them out"
+            )
+        if nproc < 1:
+            raise ValueError(f"--nproc is {nproc}; it must be at least 1")
+        raise typer.Exit(launch_local(f"{module}:{function}", args, nproc=nproc, preload=(module,)))

@@ -1,0 +1,230 @@
+"""The state of a run as global tensors: what a checkpoint holds, when it is written, and how a run is given it back.
+
+A checkpoint holds the master weights and both moments of AdamW, each under the global name of its parameter, and a
+`Position`. There is no other state: the learning rate is a function of the step, the data that come next are a function
+of (seed, samples consumed), and every random number is drawn from a counter (seed, name, index), so that the seed and
+the position are the random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lite import __version__
+from megatron_lite.checkpoint.background import BackgroundSaver
+from megatron_lite.checkpoint.chunks import Chunk, GlobalTensor, chunks_in_memory
+from megatron_lite.checkpoint.manifest import Manifest
+from megatron_lite.checkpoint.retention import prune
+from megatron_lite.checkpoint.steps import step_folder
+from megatron_lite.checkpoint.store import load, save
+from megatron_lite.checkpoint.tensor_files import CheckpointError
+from megatron_lite.distributed.faults import lost_a_peer
+from megatron_lite.distributed.mesh import second_world
+from megatron_lite.models.identity import ParameterSpec, WeightSource
+from megatron_lite.train.build import Training
+from megatron_lite.train.folder import checkpoints_folder
+from megatron_lite.train.same_run import saved_config
+from megatron_lite.zero.bucket import Bucket
+from megatron_lite.zero.partition import Interval
+
+# Prefixes of the names of tensors: master weights, first and second moments.
+KINDS = "weights", "adamw.first", "adamw.second"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is. step: optimizer steps taken. samples: consumed so far. tokens: target tokens among them."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+def state_of(training: Training, position: Position) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, as JSON."""
+    return {
+        "position": dataclasses.asdict(position),
+        "config": saved_config(training.config),
+        "version": __version__,
+    }
+
+
+def tensors_to_save(training: Training) -> list[GlobalTensor]:
+    """This rank's share of the state: all ranks together have every element once.
+
+    Of copies that are equal (over dp at ZeRO 0, of a key-value head, of what tp does not slice) one rank has the
+    element; a tied parameter is stored under the name of its owner alone.
+    """
+    mesh = training.mesh
+    is_replica = not (mesh.cp.is_first and mesh.ep.is_first)
+
+    def share(bucket: Bucket) -> Interval:
+        return Interval(0, 0) if is_replica else bucket.layout.slice(mesh.dp.index)
+
+    return _global_tensors(training, lambda spec: spec.name if spec.tied_to is None else None, share, owned_only=True)
+
+
+def tensors_to_load(training: Training, stored: Collection[str]) -> list[GlobalTensor]:
+    """The memory of this rank's whole state, under the names that a checkpoint has for it.
+
+    stored: the names of its tensors. A parameter that is tied here gets the values of its owner; so does the head where
+    it was tied there.
+    """
+
+    def name(spec: ParameterSpec) -> str:
+        if spec.name == "head.weight" and f"{KINDS[0]}/{spec.name}" not in stored:
+            return "embedding.tokens.weight"
+        return spec.tied_to or spec.name
+
+    return _global_tensors(training, name, lambda bucket: bucket.region, owned_only=False)
+
+
+def _global_tensors(
+    training: Training,
+    name_of: Callable[[ParameterSpec], str | None],
+    interval_of: Callable[[Bucket], Interval],
+    *,
+    owned_only: bool,
+) -> list[GlobalTensor]:
+    """The tensors of all parameters that have a name, with the chunks of them that lie here in an interval."""
+    tp, tensors = training.mesh.tp, []
+    places = {slot.name: (bucket, slot) for bucket in training.engine.updated_buckets() for slot in bucket.layout.slots}
+    for spec in training.table:
+        name = name_of(spec)
+        if name is None:
+            continue
+        chunks: dict[str, list[Chunk]] = {kind: [] for kind in KINDS}
+        if spec.name in places:
+            bucket, slot = places[spec.name]
+            interval = interval_of(bucket).intersect(bucket.region)
+            part = interval.shift(-bucket.region.start)
+            for kind, memory in _memories(training, bucket).items():
+                chunks[kind] = chunks_in_memory(
+                    spec,
+                    tp.size,
+                    tp.index,
+                    memory[part.start : part.stop],
+                    memory_start=interval.start,
+                    shard_start=slot.start,
+                    owned_only=owned_only,
+                )
+        dtype = training.precision.master
+        tensors += [GlobalTensor(f"{kind}/{name}", spec.shape, dtype, tuple(chunks[kind])) for kind in KINDS]
+    return tensors
+
+
+def _memories(training: Training, bucket: Bucket) -> dict[str, Tensor]:
+    """The flat memory of a bucket's region, by kind of tensor."""
+    state = training.optimizer_states[bucket.layout.name]
+    return dict(zip(KINDS, (bucket.master, state.first, state.second), strict=True))
+
+
+def blank_weights(dtype: torch.dtype) -> WeightSource:
+    """For a model whose weights a checkpoint is about to give: zeros, as rows that only pad the vocabulary stay."""
+    return lambda spec, tp, index: torch.zeros(spec.shard(tp, index).shape, dtype=dtype)
+
+
+def restore(training: Training, manifest: Manifest) -> Position:
+    """Gives a run that was just built the state of a checkpoint, whatever the layout of either. Every rank calls it.
+
+    Raises CheckpointError on every rank, as `load` does.
+    """
+    load(manifest.folder, tensors_to_load(training, manifest.tensors), axis=training.mesh.world)
+    position = position_in(manifest)
+    training.num_steps = position.step
+    for state in training.optimizer_states.values():
+        state.num_steps = position.step
+    training.engine.gather_parameters()
+    return position
+
+
+def position_in(manifest: Manifest) -> Position:
+    """Where the run was. Raises CheckpointError for a checkpoint that no training wrote."""
+    try:
+        position = Position(**manifest.state["position"])
+        assert all(type(count) is int and count >= 0 for count in dataclasses.astuple(position))
+    except (KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{manifest.folder}: holds weights, and not where a run was, so that none can go on from it; begin with "
+            "--resume none"
+        ) from error
+    return position
+
+
+class Checkpointer:
+    """Writes the state of a run as its config says. Every rank has one, and calls the same methods at the same steps.
+
+    As a context manager it lets a checkpoint that is being written come to its end, also when the run failed, unless
+    other ranks are gone, without which it would never end.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training, self._settings = training, training.config.checkpoint
+        self.folder = checkpoints_folder(training.config)
+        self._saver: BackgroundSaver | None = None
+        if self._settings.asynchronous and self._settings.interval:
+            self._saver = BackgroundSaver(second_world(training.mesh))
+            if self._settings.interval < training.config.train.num_steps:
+                self._saver.reserve(tensors_to_save(training))
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._saver is not None and not lost_a_peer(str(error)):
+            with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+                self._saver.wait()
+
+    @property
+    def writes_any(self) -> bool:
+        """Whether the config asks for any checkpoints."""
+        return self._settings.interval > 0 or self._settings.save_last
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background; ``raise_failure`` says why."""
+        return self._saver is not None and self._saver.has_failed
+
+    def raise_failure(self) -> None:
+        """Raises CheckpointError if a checkpoint could not be written. Every rank calls it when one has failed."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def is_due(self, step: int) -> bool:
+        is_last = step == self._training.config.train.num_steps
+        interval = self._settings.interval
+        return bool(interval and step % interval == 0) or (is_last and self._settings.save_last)
+
+    def save(self, position: Position, *, wait: bool) -> Path:
+        """Writes the state, or with ``wait=False`` has it written in the background; returns the checkpoint's folder.
+
+        Raises CheckpointError on every rank if it, or the one before, cannot be written; older ones are as they were.
+        """
+        training, axis = self._training, self._training.mesh.world
+        folder = step_folder(self.folder, position.step)
+        tensors, state = tensors_to_save(training), state_of(training, position)
+        if self._saver is not None and not wait:
+            self._saver.save(
+                folder, tensors, state=state, model=training.config.model, then=lambda: self._prune(folder)
+            )
+            return folder
+        self.raise_failure()
+        save(folder, tensors, state=state, model=training.config.model, axis=axis)
+        if axis.is_first:
+            self._prune(folder)
+        return folder
+
+    def _prune(self, newest: Path) -> None:
+        keep_last, keep_every = self._settings.keep_last, self._settings.keep_every
+        prune(self.folder, keep_last=keep_last, keep_every=keep_every, newest=newest)

@@ -1,0 +1,53 @@
+"""Whether two configs are of one run: which keys may change between a checkpoint and the run that goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_lite.config.schema import RunConfig
+
+# Keys that say which numbers a run computes, beside its length, its learning rate and its precision, which a user may
+# want to change on the way.
+_IDENTITY = ("model", "data", "train.seed", "train.seq_len")
+# Of these, keys that no step depends on once there are weights, and those that the shapes of the weights speak for.
+_HARMLESS = frozenset(
+    {
+        "model.init_std",
+        "model.max_seq_len",
+        "model.tie_embeddings",
+        "data.cache",
+        "data.test",
+        "data.tokenizer",
+        "data.valid",
+    }
+)
+
+
+def changed_keys(before: dict[str, Any], now: RunConfig) -> list[str]:
+    """What makes ``now`` another run than the config ``before`` (of `saved_config`), a sentence for each key.
+
+    Not among them is what a run may change on the way and still be the same: its layout, batch and micro-batch, number
+    of steps, optimizer settings, precision, kernels, where it reports to.
+    """
+    return [change for key in _IDENTITY for change in _changes(key, _at(before, key), _at(saved_config(now), key))]
+
+
+def saved_config(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON gives it back."""
+    return config.model_dump(mode="json")
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _changes(key: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*now, *before)):
+            yield from _changes(f"{key}.{name}", before.get(name), now.get(name))
+    elif before != now and key not in _HARMLESS:
+        yield f"{key} was {json.dumps(before)} and is {json.dumps(now)}"
