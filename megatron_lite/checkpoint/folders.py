@@ -60,17 +60,17 @@ class PendingFolder:
             if not self.target.exists():
                 os.rename(self.path, self.target)
             elif not _exchange(self.path, self.target):
-                shutil.rmtree(old, ignore_errors=True)
+                remove_tree(old)
                 os.rename(self.target, old)
                 os.rename(self.path, self.target)
             _flush(self.target.parent)
         except OSError as error:
             raise self._explain(error) from error
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
         self.discard()
 
     def discard(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
     def _explain(self, error: OSError) -> CheckpointError:
         reason = error.strerror or error
@@ -96,7 +96,16 @@ def remove_leftovers(folder: Path) -> None:
             with suppress(OSError):
                 os.rename(path, target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder and what is in it, or of a link or a file its name. What cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def refuse_occupied(folder: str | Path) -> None:

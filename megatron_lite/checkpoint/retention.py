@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_lite.checkpoint.folders import remove_tree
 from megatron_lite.checkpoint.manifest import Manifest, file_problems, read_manifest
 from megatron_lite.checkpoint.shards import VerifiedFile
 from megatron_lite.checkpoint.steps import list_steps, step_of
@@ -71,11 +71,11 @@ def _remove(checkpoint: Path) -> None:
     """Takes the name away first: a checkpoint that is removed in part is never seen under it."""
     aside = checkpoint.with_name(f".{checkpoint.name}.partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
         checkpoint.rename(aside)
     except OSError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_tree(aside)
 
 
 def apparent_problem(checkpoint: Path) -> str | None:

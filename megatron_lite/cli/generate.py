@@ -117,6 +117,7 @@ def generate(
         from megatron_lite.inference.command import Request
         from megatron_lite.inference.generate import Settings
 
+        _refuse_unused(greedy, beams, {"--temperature": temperature != 1, "--top-k": top_k, "--top-p": top_p != 1})
         settings = Settings(
             max_new_tokens=max_new_tokens,
             temperature=0.0 if greedy else temperature,
@@ -149,32 +150,55 @@ def generate(
     run_in_ranks("megatron_lite.inference.command", "run", (request,), nproc=nproc, debug=debug)
 
 
+def _refuse_unused(greedy: bool, beams: int, given: dict[str, object]) -> None:
+    """Raises ValueError for options of sampling beside one that does not draw."""
+    drawless = "--greedy" if greedy else f"--beams {beams}" if beams > 1 else None
+    unused = [option for option, is_given in given.items() if is_given]
+    if drawless and unused:
+        raise ValueError(f"{drawless} draws nothing, so {' and '.join(unused)} would do nothing; leave one of them out")
+
+
 def read_prompts(prompts: list[str] | None, file: Path | None) -> tuple[str, ...]:
     """The prompts of the options, or all of stdin as one. Raises ValueError where there are none, or two kinds."""
     if prompts and file:
         raise ValueError("--prompt and --prompt-file both give prompts; leave one of them out")
     if prompts:
-        return tuple(prompts)
+        return _checked(prompts, "--prompt")
     if file is not None:
-        return _read_file(file)
+        return _checked(_read_file(file), str(file))
     if started_by_torchrun() or sys.stdin.isatty():
         raise ValueError('there is no prompt; add --prompt "TEXT" or --prompt-file FILE, or pipe a text in')
     try:
-        return (sys.stdin.read().removesuffix("\n"),)
+        return _checked([sys.stdin.read().removesuffix("\n")], "the text on stdin")
     except UnicodeDecodeError as error:
         raise ValueError(f"the text on stdin is not UTF-8 ({error}); convert it first") from None
 
 
-def _read_file(file: Path) -> tuple[str, ...]:
+def _checked(prompts: list[str], where: str) -> tuple[str, ...]:
+    """The prompts. Raises ValueError for halves of surrogate pairs: so Python hands on bytes that are no UTF-8."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            which = f"{where} {number}" if len(prompts) > 1 else where
+            raise ValueError(f"{which}: is not UTF-8 at character {error.start}; convert it first") from None
+    return tuple(prompts)
+
+
+def _read_file(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 ({error}); convert it first") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}; correct the path or its permissions") from None
+    # Not splitlines: a text in JSON may hold what Unicode counts as the end of a line.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if file.suffix == ".jsonl":
         lines = [_prompt_of(line, file, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{file}: has no line; write one prompt on each")
-    return tuple(lines)
+    return lines
 
 
 def _prompt_of(line: str, file: Path, number: int) -> str:

@@ -278,7 +278,8 @@ def _text_of_line(name: str, text_key: str, line_offset: int, line: bytes) -> by
         raise _not_utf8(name, line_offset + error.start) from None
     except json.JSONDecodeError as error:
         raise BadDocument(
-            f"{name}: is no JSON: {error.msg} at column {error.colno}; correct the line, {_SKIP}"
+            f"{name}: is no JSON: {error.msg} at column {error.colno}; a file of JSON has one object a line: correct "
+            f"the line, {_SKIP}"
         ) from None
     except UnicodeEncodeError:
         raise BadDocument(

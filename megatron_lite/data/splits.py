@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_lite.data.documents import Document, Position, iter_documents
+from megatron_lite.data.documents import Document, iter_documents
 from megatron_lite.data.sources import BadDocument, TextFile
 from megatron_lite.utils.files import DataError
 
@@ -46,13 +46,14 @@ class Splits:
     larger fraction of valid alone takes nothing away from it.
 
     `moved` and `divided` see to it that no split that is asked for stays empty where documents are few (`plan`):
-    documents, by file and line, that go elsewhere; and whether there is one document, of which each split gets a part.
+    scores of texts that go elsewhere, with the split; and whether there is one document, of which each split gets a
+    part.
     """
 
     valid_fraction: float
     test_fraction: float
     seed: int
-    moved: tuple[tuple[int, int, int], ...] = ()
+    moved: tuple[tuple[float, int], ...] = ()
     divided: bool = False
 
     @property
@@ -61,6 +62,9 @@ class Splits:
         return tuple(split for split in (TRAIN, VALID, TEST) if fractions[split])
 
     def split_of(self, score: float) -> int:
+        for moved, split in self.moved:
+            if moved == score:
+                return split
         if score < self.valid_fraction:
             return VALID
         return TEST if score < self.valid_fraction + self.test_fraction else TRAIN
@@ -78,8 +82,7 @@ class Splits:
         whole = held if not document.start else replace(document, start=0).held()
         score, size = self.score(document, whole)
         if size:
-            split = self._moved_split(document.position, self.split_of(score))
-            yield Part(split, document, held, size, begins=not document.start)
+            yield Part(self.split_of(score), document, held, size, begins=not document.start)
 
     def _divide(self, document: Document) -> Iterator[Part]:
         parts = replace(document, start=0).parts(
@@ -108,12 +111,6 @@ class Splits:
         # 53 bits: a float holds them exactly, and the quotient stays below 1.
         return (int.from_bytes(digest.digest(), "little") >> 11) / 2**53, size
 
-    def _moved_split(self, position: Position, split: int) -> int:
-        for file, line, target in self.moved:
-            if (file, line) == (position.file, position.line):
-                return target
-        return split
-
 
 def read_parts(
     documents: Iterable[Document], splits: Splits, errors: Literal["raise", "skip"]
@@ -136,14 +133,14 @@ def plan(splits: Splits, files: Sequence[TextFile], text_key: str, errors: Liter
     """The same splits, with what it takes that none of them is empty.
 
     Reads from the start until each split has a document, which is soon where documents are many; so, where they are
-    few, all of them. An empty valid or test gets the document whose score is nearest (the lowest), an empty train the
-    one with the highest. A document that is alone is divided.
+    few, all of them. An empty valid or test gets the text whose score is nearest (the lowest), an empty train the
+    one with the highest, with all its copies. A document that is alone is divided.
 
     Raises:
-        DataError: no text at all, or two documents for three splits.
+        DataError: no text at all, or fewer different texts than splits.
     """
-    seen: list[tuple[float, int, int]] = []  # (score, file, line)
-    counts = [0, 0, 0]
+    seen: set[float] = set()  # scores: copies of a text have one
+    counts, num_documents = [0, 0, 0], 0
     for document in iter_documents(files, text_key):
         try:
             score, size = splits.score(document, document.held())
@@ -152,29 +149,32 @@ def plan(splits: Splits, files: Sequence[TextFile], text_key: str, errors: Liter
                 raise
             continue
         if size:
-            seen.append((score, document.position.file, document.position.line))
-            counts[splits.split_of(score)] += 1
-        if len(seen) > 1 and all(counts[split] for split in splits.wanted):
+            num_documents += 1
+            counts[splits.split_of(score)] += score not in seen
+            seen.add(score)
+        if seen and all(counts[split] for split in splits.wanted):
             return splits
     if not seen:
-        raise DataError(f"the {len(files)} files hold no text that can be used; name others")
-    if len(splits.wanted) == 1:
-        return splits
-    if len(seen) == 1:
+        raise DataError("the files hold no text that can be used; name others")
+    if num_documents == 1:
         return replace(splits, divided=True)
     if len(seen) < len(splits.wanted):
-        raise DataError("2 documents are too few for train, valid and test; give more, or set a fraction to 0")
+        names = " and ".join(SPLITS[split] for split in splits.wanted)
+        raise DataError(
+            f"different texts among the {num_documents:,} documents: {len(seen)}, too few for {names}; give more, or "
+            "set a fraction to 0"
+        )
     return replace(splits, moved=tuple(_moves(splits, sorted(seen), counts)))
 
 
-def _moves(splits: Splits, seen: list[tuple[float, int, int]], counts: list[int]) -> Iterator[tuple[int, int, int]]:
-    where = [splits.split_of(score) for score, _, _ in seen]
+def _moves(splits: Splits, scores: list[float], counts: list[int]) -> Iterator[tuple[float, int]]:
+    where = [splits.split_of(score) for score in scores]
     for split in splits.wanted:
         if counts[split]:
             continue
-        order = range(len(seen) - 1, -1, -1) if split == TRAIN else range(len(seen))
+        order = range(len(scores) - 1, -1, -1) if split == TRAIN else range(len(scores))
         chosen = next(place for place in order if counts[where[place]] > 1)
         counts[where[chosen]] -= 1
         counts[split] += 1
         where[chosen] = split
-        yield (*seen[chosen][1:], split)
+        yield scores[chosen], split

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from megatron_lite.distributed.faults import is_user_error, lost_a_peer
@@ -44,6 +45,9 @@ LOG_TAIL_LINES = 30
 AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # How long ranks may take to end after a signal, before they are killed: they finish their step and write a checkpoint.
 STOP_GRACE_S = 600
+# One press of Ctrl-C reaches the launcher and the ranks, and the launcher passes it on; some press it a few times.
+# Within this time of the first signal another one is the same wish; a later one is to end at once.
+SAME_WISH_S = 2.0
 # Set in the ranks of `launch_local`, whose errors the launching process prints.
 QUIET_VARIABLE = "MEGATRON_LITE_LAUNCHED"
 PRELOAD = ("torch.distributed.device_mesh", "torch.distributed.elastic.multiprocessing.api", __name__)
@@ -101,13 +105,18 @@ def launch_local(
     use_loopback()
     # The fork server imports torch while this process imports torch's agent, which is why that import is below.
     multiprocessing.set_forkserver_preload([*PRELOAD, *preload])
-    multiprocessing.forkserver.ensure_running()
+    # Ctrl-C goes to all processes of a terminal. The fork server ends with this one, and has nothing to say about it.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     receiver, lifeline = multiprocessing.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="megatron_lite_launch_") as scratch, receiver, lifeline:
         logs = Path(scratch, "logs") if log_dir is None else log_dir
         logs.mkdir(parents=True, exist_ok=True)
         task = _Task(target, tuple(args), dict(kwargs or {}), str(logs), receiver)
-        with _agent_surroundings():
+        with _agent_surroundings(), _no_rank_left():
             end = _run_agent(task, nproc, port, Path(scratch, "errors"))
         if isinstance(end, signal.Signals):
             print(f"stopped by {end.name}; all {nproc} ranks have ended", file=sys.stderr)
@@ -190,6 +199,59 @@ def _agent_surroundings() -> Iterator[None]:
             signal.signal(number, handler)
         if sys.stdout.isatty():
             print("\x1b[?25h", end="", flush=True)  # a progress bar that was cut short leaves the cursor hidden
+
+
+@contextlib.contextmanager
+def _no_rank_left() -> Iterator[None]:
+    """Sees to it that all ranks have ended when the block has, however many signals come.
+
+    After the first one the agent waits for its ranks, which may be writing a checkpoint; after the third it leaves
+    them. Within `SAME_WISH_S` of the first, all are one wish, and the ranks are waited for; a later one ends every rank
+    at once, also one that is stuck. A thread takes the time of signals, whatever the main thread does about them.
+    """
+    others = set(multiprocessing.active_children())
+
+    def left() -> set[multiprocessing.process.BaseProcess]:
+        return set(multiprocessing.active_children()) - others
+
+    def end_at_once() -> None:
+        for child in left():
+            child.kill()
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watch = threading.Thread(target=_watch_signals, args=(reader, end_at_once), name="launcher signals", daemon=True)
+    watch.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        for number in AGENT_SIGNALS:
+            signal.signal(number, _leave_to_thread)
+        deadline = time.monotonic() + STOP_GRACE_S
+        for child in left():
+            child.terminate()  # the agent may have been too late to tell it; for others it is the same wish
+        for child in left():
+            child.join(max(0.0, deadline - time.monotonic()))
+        end_at_once()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watch.join()
+        os.close(reader)
+
+
+def _watch_signals(reader: int, end_at_once: Callable[[], None]) -> None:
+    first = None
+    while numbers := os.read(reader, 64):
+        if any(number in AGENT_SIGNALS for number in numbers):
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > SAME_WISH_S:
+                end_at_once()
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _run_agent(task: _Task, nproc: int, port: int | None, error_dir: Path) -> _RankEnd | signal.Signals | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -62,6 +63,7 @@ class Settings:
             ("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1; leave it out to keep all tokens"),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1; 1 keeps all tokens"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be above 0; 1 is none"),
+            ("length_penalty", math.isfinite(self.length_penalty), "must be a number; 0 makes length no matter"),
             ("num_beams", self.num_beams >= 1, "must be at least 1; 1 is no beam search"),
             ("batch_size", self.batch_size >= 1, "must be at least 1"),
             ("stop", all(self.stop), "must not be empty; leave it out to stop at the end of a text only"),

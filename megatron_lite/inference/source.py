@@ -63,6 +63,9 @@ class Source:
                 f"{self.tokenizer}: has {size} tokens, and the model in {self.folder} only {self.model.vocab_size}; "
                 "name the tokenizer that the model was made for with --tokenizer"
             )
+        # Some files carry the lengths that a training once cut and filled texts to; a prompt is what the user gave.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         return tokenizer
 
 

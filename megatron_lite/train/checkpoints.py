@@ -151,8 +151,9 @@ def position_in(manifest: Manifest) -> Position:
     """Where the run was. Raises CheckpointError for a checkpoint that no training wrote."""
     try:
         position = Position(**manifest.state["position"])
-        assert all(type(count) is int and count >= 0 for count in dataclasses.astuple(position))
-    except (KeyError, TypeError, AssertionError) as error:
+        if not all(type(count) is int and count >= 0 for count in dataclasses.astuple(position)):
+            raise TypeError("counts are integers from 0")
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{manifest.folder}: holds weights, and not where a run was, so that none can go on from it; begin with "
             "--resume none"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from megatron_lite.checkpoint.steps import list_steps, step_folder, step_of
 from megatron_lite.config.load import load_config, to_yaml
@@ -62,14 +64,13 @@ def choose_source(config: RunConfig, resume: str, *, overwrite: bool) -> Source 
     again: nothing is lost that it would not make once more.
 
     Raises RunFolderError where something would be lost: the folder holds a run that has ended without checkpoints, or
-    another one; a path leads to no checkpoint, or to one that later ones of the same folder come after.
+    another one; a path leads to no checkpoint.
     """
     folder, own = run_folder(config), checkpoints_folder(config)
     if resume not in ("auto", "none"):
         source = _source_at(Path(resume))
-        if not overwrite and _is_in(source, own):
-            _refuse_to_go_back(source, folder)
-        elif not overwrite:
+        is_own = is_own_checkpoint(config, source.folder) if source.is_checkpoint else _is_same(source.folder, own)
+        if not (is_own or overwrite):
             refuse_other_run(folder)
         return source
     if overwrite:
@@ -93,17 +94,27 @@ def _source_at(path: Path) -> Source:
     return Source(path, is_checkpoint=True)
 
 
-def _is_in(source: Source, own: Path) -> bool:
-    return (source.folder.parent if source.is_checkpoint else source.folder).resolve() == own.resolve()
+def is_own_checkpoint(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether a checkpoint is one of the run's own: it lies among them, also as a link to one that is kept elsewhere,
+    or is a link to one of them."""
+    own = checkpoints_folder(config)
+    return _is_same(checkpoint.parent, own) or _is_same(checkpoint.resolve().parent, own)
 
 
-def _refuse_to_go_back(source: Source, folder: Path) -> None:
-    step = step_of(source.folder) if source.is_checkpoint else None
-    later = [path.name for path in list_steps(source.folder.parent) if step is not None and (step_of(path) or 0) > step]
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def refuse_to_go_back(config: RunConfig, checkpoint: Path, step: int) -> None:
+    """Raises RunFolderError if the run has checkpoints of later steps than the one of its own that it is to go on from.
+
+    checkpoint, step: that one. Only for one that was named; what ``--resume auto`` finds has no whole ones after it.
+    """
+    later = [path.name for path in list_steps(checkpoints_folder(config)) if (step_of(path) or 0) > step]
     if later:
         raise RunFolderError(
-            f"{folder}: has later checkpoints than {source.folder.name}: {', '.join(later)}; add --overwrite to go "
-            "back and remove them, or run.name=ANOTHER to keep them"
+            f"{run_folder(config)}: has later checkpoints than {checkpoint.name}: {', '.join(later)}; add --overwrite "
+            "to go back and remove them, or run.name=ANOTHER to keep them"
         )
 
 
@@ -135,6 +146,42 @@ def _was_cut_off(config: RunConfig) -> bool:
     return num_steps < before.train.num_steps and not changed_keys(saved_config(before), config)
 
 
+@contextlib.contextmanager
+def held_folder(config: RunConfig, *, wait_s: float = 10.0) -> Iterator[None]:
+    """Keeps other jobs out of the folder, which is made if it is not there. For one rank of a run.
+
+    Two jobs in one folder would take each other's half-written checkpoints for left over, and each other's checkpoints
+    for damaged. The system gives the lock back when the process ends, however it does. wait_s: for one that is ending.
+
+    Raises RunFolderError if another job trains there, or the folder cannot be written.
+    """
+    folder = run_folder(config)
+    with _errors_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / run_files.LOCK).open("ab")
+    with lock:
+        deadline = time.monotonic() + wait_s
+        while not _try_to_lock(lock):
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"{folder}: another job trains there now; wait until it ends, or stop it, or choose "
+                    "run.name=ANOTHER"
+                )
+            time.sleep(0.1)
+        yield
+
+
+def _try_to_lock(file: IO[bytes]) -> bool:
+    """False if another process has the lock; on a file system without locks everybody has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def make_log_folder(folder: Path) -> Path:
     """Where the ranks of the run in ``folder`` print to. Raises RunFolderError if it cannot be made."""
     logs = folder / run_files.LOGS
@@ -153,10 +200,12 @@ def prepare_folder(config: RunConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _OUTPUTS:
             path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
+            if name == run_files.CHECKPOINTS and path.is_symlink() and path.is_dir():
+                # The link to another disk stays; of what is there, checkpoints and what is left of them go.
+                for checkpoint in path.glob("*step-*"):
+                    _remove(checkpoint)
             else:
-                path.unlink(missing_ok=True)
+                _remove(path)
         (folder / run_files.METRICS).touch()
         _write_config(config)
     return folder
@@ -176,18 +225,27 @@ def continue_folder(config: RunConfig, step: int, *, overwrite: bool) -> None:
             if (step_of(path) or 0) <= step:
                 continue
             aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             path.rename(aside)
             if overwrite:
-                shutil.rmtree(aside)
+                _remove(aside)
         _cut_metrics(run_folder(config) / run_files.METRICS, step)
         _write_config(config)
 
 
+def _remove(path: Path) -> None:
+    """Removes a folder and what is in it; of a link its name. Raises OSError where something stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _cut_metrics(path: Path, step: int) -> None:
-    """Removes the records after ``step``, and a line that a kill cut short."""
+    """Removes the records after ``step``, a line that a kill cut short, and one that is damaged."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         try:
             is_kept = line.endswith("\n") and json.loads(line)["step"] <= step
         except (ValueError, TypeError, KeyError):

@@ -31,7 +31,7 @@ from megatron_lite.optim.precision import PRECISIONS
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.checkpoints import Checkpointer, Position, blank_weights, restore
 from megatron_lite.train.corpus import Corpus, open_corpus
-from megatron_lite.train.folder import continue_folder, prepare_folder, run_folder, write_utilisation
+from megatron_lite.train.folder import continue_folder, held_folder, prepare_folder, run_folder, write_utilisation
 from megatron_lite.train.metrics import Sink, StepRecord, check_extras, open_sinks
 from megatron_lite.train.progress import ConsoleSink
 from megatron_lite.train.resume import Start, find_start
@@ -89,8 +89,11 @@ def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: boo
     that holds another run, or a checkpoint of another one; CheckpointError for one that cannot be read or written;
     DivergedError; all of them on every rank. MetricsError on the rank that writes, where the disk is full.
     """
-    corpus = together(lambda: open_corpus(config, mesh), mesh.world, RunError)
-    try:
+    with contextlib.ExitStack() as stack:
+        corpus = stack.enter_context(
+            contextlib.closing(together(lambda: open_corpus(config, mesh), mesh.world, RunError))
+        )
+        _on_first(mesh, lambda: stack.enter_context(held_folder(config)))
         start = find_start(config, mesh, resume=resume, overwrite=overwrite)
         _on_first(mesh, lambda: check_extras(config))
         if start is None:
@@ -101,8 +104,6 @@ def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: boo
         position = restore(training, start.manifest)
         _on_first(mesh, lambda: _enter_folder(config, start, overwrite))
         return _train_steps(training, corpus, position)
-    finally:
-        corpus.close()
 
 
 def _on_first(mesh: Mesh, action: Callable[[], object]) -> None:

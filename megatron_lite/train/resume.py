@@ -21,7 +21,7 @@ from megatron_lite.distributed.agreement import together
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.models.families import parameter_table
 from megatron_lite.train.checkpoints import Position, position_in
-from megatron_lite.train.folder import Source, checkpoints_folder, choose_source, run_folder
+from megatron_lite.train.folder import Source, choose_source, is_own_checkpoint, refuse_to_go_back, run_folder
 from megatron_lite.train.same_run import changed_keys
 
 
@@ -60,7 +60,10 @@ def find_start(config: RunConfig, mesh: Mesh, *, resume: str, overwrite: bool) -
             "PATH, or begin anew with --overwrite, which removes them"
         )
     warn: Callable[[str], None] = _warn if world.is_first else lambda message: None
-    return together(lambda: _open(checkpoint, config, resume, warn), world, ResumeError)
+    start = together(lambda: _open(checkpoint, config, resume, warn), world, ResumeError)
+    if start.is_own and source.is_checkpoint and not overwrite:
+        together(lambda: refuse_to_go_back(config, checkpoint, start.position.step), world, ResumeError)
+    return start
 
 
 def _open(checkpoint: Path, config: RunConfig, resume: str, warn: Callable[[str], None]) -> Start:
@@ -75,8 +78,7 @@ def _open(checkpoint: Path, config: RunConfig, resume: str, warn: Callable[[str]
             if resume == "auto"
             else f"{checkpoint}: is of step {position.step}; train.num_steps = {config.train.num_steps} must be larger"
         )
-    is_own = checkpoint.resolve().parent == checkpoints_folder(config).resolve()
-    return Start(manifest, position, is_own)
+    return Start(manifest, position, is_own_checkpoint(config, checkpoint))
 
 
 def _refuse_other_shapes(manifest: Manifest, model: ModelConfig) -> None:

@@ -15,11 +15,9 @@ import time
 from types import FrameType, TracebackType
 
 from megatron_lite.distributed.faults import lost_a_peer
+from megatron_lite.distributed.launch import SAME_WISH_S
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# One press of Ctrl-C reaches the launcher and the ranks, and the launcher passes it on: within this time of the first
-# signal another one is the same wish.
-SAME_WISH_S = 2.0
 _SHOW_CURSOR = "\x1b[?25h"
 
 

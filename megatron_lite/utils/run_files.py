@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+LOCK = ".lock"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 UTILISATION = "utilisation.json"

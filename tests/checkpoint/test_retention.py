@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.checkpoint import retention, shards
+from megatron_lite.checkpoint import folders, shards
 from megatron_lite.checkpoint.manifest import MANIFEST_FILE
 from megatron_lite.checkpoint.retention import find_newest, newest_described, prune
 from megatron_lite.checkpoint.steps import list_steps, step_folder, step_of
@@ -137,6 +137,21 @@ def test_the_one_that_was_just_saved_is_kept_whatever_lies_beyond(good: Path, tm
 def test_prune_hides_before_it_removes(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it removes, it leaves nothing that looks like a checkpoint."""
     make(good, tmp_path, [1, 2])
-    monkeypatch.setattr(retention.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
     prune(tmp_path, keep_last=1, keep_every=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step-00000001.partial", "step-00000002"]
+
+
+def test_of_a_link_only_the_name_is_removed(good: Path, tmp_path: Path) -> None:
+    """A checkpoint that was moved to another disk; its link would otherwise be in the way of a later save."""
+    folder, moved = tmp_path / "checkpoints", tmp_path / "moved"
+    make(good, folder, [2, 3])
+    shutil.copytree(good, moved)
+    step_folder(folder, 1).symlink_to(moved)
+    assert prune(folder, keep_last=2, keep_every=None) == [step_folder(folder, 1)]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    step_folder(folder, 4).symlink_to(moved)
+    save_job(PureLayout(), step_folder(folder, 4), seed=2)
+    assert not step_folder(folder, 4).is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert sorted(path.name for path in moved.iterdir()) == [MANIFEST_FILE, SHARD]

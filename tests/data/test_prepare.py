@@ -113,8 +113,19 @@ def test_each_split_gets_a_document(tmp_path: Path) -> None:
         assert all(found) and sorted(text for texts in found for text in texts) == sorted(
             path.read_text() for path in paths
         )
-    with pytest.raises(DataError, match="2 documents are too few for train, valid and test"):
+    with pytest.raises(DataError, match="among the 2 documents: 2, too few for train and valid and test"):
         prepare(paths[:2], tmp_path / "none", valid_fraction=0.1, test_fraction=0.1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_document_that_moves_to_an_empty_split_takes_its_copies_along(tmp_path: Path) -> None:
+    paths = write_texts(tmp_path / "text", 3)
+    summary = prepare(paths * 4, tmp_path / "out", valid_fraction=0.001, test_fraction=0.001)
+    found = [documents_of(summary, split) for split in SPLITS]
+    assert [(len(texts), len(set(texts))) for texts in found] == [(4, 1)] * 3
+    assert set.union(*map(set, found)) == {path.read_text() for path in paths}
+    with pytest.raises(DataError, match="among the 4 documents: 1, too few for train and valid"):
+        prepare(paths[:1] * 4, tmp_path / "none", valid_fraction=0.1)
     assert not (tmp_path / "none").exists()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.distributed.faults import is_user_error
-from megatron_lite.distributed.launch import launch_local, run_rank
+from megatron_lite.distributed.launch import SAME_WISH_S, launch_local, run_rank
 from megatron_lite.distributed.rendezvous import world
 
 HERE = f"{__name__}:"
@@ -180,6 +180,23 @@ def test_signals_to_the_launching_process_end_all_ranks_and_rank_0_has_the_conso
             assert agent.stdout.read() == ""
             if number == signal.SIGTERM:
                 assert agent.stderr.read() == "stopped by SIGTERM; all 2 ranks have ended\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_second_signal_ends_a_rank_that_hears_none(tmp_path: Path) -> None:
+    with start_in_a_process_of_its_own(tmp_path) as agent:
+        deadline = time.monotonic() + 60
+        while len(pids(tmp_path)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(pids(tmp_path)[0], signal.SIGSTOP)
+        agent.send_signal(signal.SIGTERM)
+        time.sleep(SAME_WISH_S + 0.5)
+        assert agent.poll() is None, "one wish: the rank is waited for"
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(timeout=20) == 143
+        assert agent.stderr is not None and agent.stderr.read() == "stopped by SIGTERM; all 2 ranks have ended\n"
+        assert_all_end(tmp_path, 2)
 
 
 def raise_(error: Exception) -> None:

@@ -202,6 +202,7 @@ def test_weights_that_are_nan_are_told(folders: dict[str, Path]) -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan; it must be a number"),
         ({"num_beams": 2, "stop": ("a",)}, "use one"),
         ({"stop": ("",)}, "must not be empty"),
     ],

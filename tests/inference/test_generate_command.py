@@ -114,6 +114,24 @@ def test_a_line_that_is_no_prompt_is_named(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "b.txt: is not UTF-8" in done.stderr
 
 
+def test_a_line_of_a_file_ends_at_its_newline_only(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5\u2028w6\x85"}\n', encoding="utf-8")
+    done = invoke(run, "--prompt-file", tmp_path / "prompts.jsonl", "--jsonl", *COMMON)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.split("\n")[0])["prompt"] == "w5\u2028w6\x85"
+
+
+def test_a_prompt_that_is_no_text_is_refused(run: Path, tmp_path: Path) -> None:
+    # Of bytes that are no UTF-8 Python makes such characters in arguments and, in some locales, on stdin.
+    done = invoke(run, "--prompt", "caf\udce9", *COMMON)
+    assert done.exit_code == 2 and "--prompt: is not UTF-8 at character 3" in done.stderr
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5"}\n{"prompt": "\\ud800"}\n')
+    done = invoke(run, "--prompt-file", tmp_path / "prompts.jsonl", *COMMON)
+    assert done.exit_code == 2 and "prompts.jsonl 2: is not UTF-8" in done.stderr
+    done = invoke(run, "--prompt-file", tmp_path / "none", *COMMON)
+    assert done.exit_code == 2 and "No such file or directory; correct the path" in done.stderr
+
+
 def test_processes_are_started_for_a_layout(run: Path) -> None:
     """tp = 2 starts two processes by itself; what the first prints is what one process prints."""
     done = subprocess.run(
@@ -123,3 +141,10 @@ def test_processes_are_started_for_a_layout(run: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == invoke(run, "-p", "w5", "-p", "w7", *COMMON).stdout
+
+
+@pytest.mark.parametrize(("options", "complaint"), [(["--greedy"], "--greedy"), (["--beams", "3"], "--beams 3")])
+def test_an_option_that_would_do_nothing_is_refused(tmp_path: Path, options: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, ["generate", str(tmp_path), "-p", "a", *options, "--top-k", "5", "--top-p", "0.5"])
+    assert done.exit_code == 2
+    assert f"{complaint} draws nothing, so --top-k and --top-p would do nothing" in done.output

@@ -111,6 +111,15 @@ def test_another_tokenizer_can_be_named(run: Path, tmp_path: Path) -> None:
         open_source(run, tmp_path / "nowhere")
 
 
+def test_a_prompt_is_not_cut_or_filled_by_what_the_tokenizer_was_saved_with(run: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path / "tokenizer.json")))
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(tokenizer.encode("w5").ids) == 8, "it would be"
+    assert open_source(run, tmp_path).open_tokenizer().encode("w5").ids == [5]
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run: Path, tmp_path: Path) -> None:
     large = write_tokenizer(tmp_path / "tokenizer.json", 102)
     with pytest.raises(SourceError, match=r"has 102 tokens, and the model .* only 101"):

@@ -13,8 +13,11 @@ from megatron_lite.train.folder import (
     Source,
     choose_source,
     continue_folder,
+    held_folder,
+    is_own_checkpoint,
     make_log_folder,
     prepare_folder,
+    refuse_to_go_back,
 )
 from megatron_lite.utils import run_files
 from tests.train.tiny_run import NUM_STEPS, keys, read_metrics
@@ -117,7 +120,8 @@ def test_going_back_removes_what_came_later_only_when_asked(config: RunConfig, t
     take_steps(config, 12)
     own = add_checkpoints(tmp_path / "mine", 4, 8, 12)
     with pytest.raises(RunFolderError, match="later checkpoints than step-00000004: step-00000008, step-00000012; add"):
-        choose_source(config, str(own / "step-00000004"), overwrite=False)
+        refuse_to_go_back(config, own / "step-00000004", 4)
+    refuse_to_go_back(config, own / "step-00000012", 12)
     assert choose_source(config, str(own / "step-00000012"), overwrite=False) is not None
     assert choose_source(config, str(own / "step-00000004"), overwrite=True) is not None
     continue_folder(config, 4, overwrite=True)
@@ -129,6 +133,8 @@ def test_a_run_that_goes_on_cuts_its_metrics_and_puts_damaged_checkpoints_aside(
     config: RunConfig, tmp_path: Path
 ) -> None:
     folder = take_steps(config, 7, '{"step": 8, "lo')
+    with (folder / run_files.METRICS).open("ab") as file:
+        file.write(b"\xff\n\0\n[1]\n")
     own = add_checkpoints(folder, 4, 8)
     (folder / run_files.CONFIG).write_text("old")
     (folder / run_files.PICTURE).write_text("stays until it is drawn anew")
@@ -140,3 +146,46 @@ def test_a_run_that_goes_on_cuts_its_metrics_and_puts_damaged_checkpoints_aside(
     assert load_config(folder / run_files.CONFIG) == config
     assert (folder / run_files.PICTURE).exists()
     assert not list(folder.glob("*.tmp")), "cut atomically, and nothing is left of it"
+
+
+def move_away(checkpoints: Path, to: Path) -> None:
+    """To another disk, with a link where it was."""
+    to.parent.mkdir(exist_ok=True)
+    checkpoints.rename(to)
+    checkpoints.symlink_to(to)
+
+
+def test_a_checkpoint_is_a_runs_own_by_its_place_and_through_links(config: RunConfig, tmp_path: Path) -> None:
+    """A run that took a checkpoint of its own for another run's would remove everything."""
+    take_steps(config, 8)
+    own, other = add_checkpoints(tmp_path / "mine", 4, 8), add_checkpoints(tmp_path / "other", 4)
+    move_away(own / "step-00000008", tmp_path / "disk" / "moved")
+    (tmp_path / "link").symlink_to(own / "step-00000004")
+    for path in (own / "step-00000004", own / "step-00000008", tmp_path / "link"):
+        assert is_own_checkpoint(config, path)
+        assert choose_source(config, str(path), overwrite=False) == Source(path, is_checkpoint=True)
+    for path in (other / "step-00000004", tmp_path / "disk" / "moved"):
+        assert not is_own_checkpoint(config, path)
+        with pytest.raises(RunFolderError, match="holds a run already"):
+            choose_source(config, str(path), overwrite=False)
+    continue_folder(config, 4, overwrite=True)
+    assert [path.name for path in own.iterdir()] == ["step-00000004"], "the link is gone"
+    assert (tmp_path / "disk" / "moved" / "checkpoint.json").exists(), "and not what it leads to"
+
+
+def test_a_link_to_a_folder_of_checkpoints_stays(config: RunConfig, tmp_path: Path) -> None:
+    take_steps(config, 4)
+    own = add_checkpoints(tmp_path / "mine", 4)
+    move_away(own, tmp_path / "disk" / "all")
+    (own / ".step-00000008.partial").mkdir()
+    (own / "not-ours").touch()
+    prepare_folder(config)
+    assert own.is_symlink() and [path.name for path in own.iterdir()] == ["not-ours"]
+
+
+def test_two_jobs_do_not_share_a_folder(config: RunConfig) -> None:
+    refused = "mine: another job trains there now; wait until it ends, or stop it, or choose run.name=ANOTHER"
+    with held_folder(config), pytest.raises(RunFolderError, match=refused), held_folder(config, wait_s=0.2):
+        pass
+    with held_folder(config, wait_s=0):
+        pass

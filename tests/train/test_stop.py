@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from megatron_lite.config import RunConfig
+from megatron_lite.distributed.launch import SAME_WISH_S
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerError, WorkerPool
 from megatron_lite.train import loop
 from megatron_lite.train.build import layout_of
 from megatron_lite.train.loop import TrainResult, train
-from megatron_lite.train.stop import SAME_WISH_S, StopSignals
+from megatron_lite.train.stop import StopSignals
 from megatron_lite.utils import run_files
 from tests.train.tiny_run import NUM_STEPS, read_metrics, same_numbers, tiny_config
 

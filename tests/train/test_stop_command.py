@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.train.tiny_run import read_metrics, same_numbers
 CASES: dict[str, tuple[int, list[str] | None, str, signal.Signals]] = {
     "ctrl-c in a terminal, 2 ranks": (2, None, "all", signal.SIGINT),
     "sigterm to the launcher, 4 ranks": (4, None, "launcher", signal.SIGTERM),
+    "ctrl-c five times in a terminal, 2 ranks": (2, None, "all, five times", signal.SIGINT),
     "sigterm, one process": (1, None, "launcher", signal.SIGTERM),
     "ctrl-c, one process": (1, None, "launcher", signal.SIGINT),
     "sigterm to torchrun": (2, [*TORCHRUN, "--nproc-per-node", "2", "-m", "megatron_lite"], "launcher", signal.SIGTERM),
@@ -45,8 +47,10 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(corpus: Path, tmp_path: P
     config = endless(tmp_path, corpus, nproc)
     with Job(config, *processes(nproc, program), program=program) as job:
         job.wait_for(lambda: job.num_records() >= 3)
-        send: Callable[[int, int], None] = os.killpg if to == "all" else os.kill
-        send(job.process.pid, number)
+        send: Callable[[int, int], None] = os.kill if to == "launcher" else os.killpg
+        for _ in range(5 if to == "all, five times" else 1):
+            send(job.process.pid, number)
+            time.sleep(0.05)
         code = job.wait()
         said = job.said()
     assert program is not None or code == 128 + number, said  # torchrun has exit codes of its own
