@@ -48,14 +48,19 @@ def cache_folders(folder: str | None, first_file: Path) -> tuple[Path, ...]:
         return (beside,)
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """What tells a file from an earlier one of its name: size, time of change, and a hash of its two ends."""
+def content_mark(path: Path) -> dict[str, Any]:
+    """What a copy of a file has in common with it, and most other files have not: size, and a hash of its two ends."""
     with path.open("rb") as file:
-        stat = os.fstat(file.fileno())
+        size = os.fstat(file.fileno()).st_size
         digest = hashlib.blake2b(file.read(1 << 16), digest_size=16)
-        file.seek(max(0, stat.st_size - (1 << 16)))
+        file.seek(max(0, size - (1 << 16)))
         digest.update(file.read())
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ends": digest.hexdigest()}
+    return {"bytes": size, "ends": digest.hexdigest()}
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What tells a file from an earlier one of its name: its content mark, and the time of its last change."""
+    return content_mark(path) | {"mtime_ns": path.stat().st_mtime_ns}
 
 
 class IndexCache:

@@ -32,7 +32,7 @@ from megatron_lite.distributed.mesh import second_world
 from megatron_lite.models.identity import ParameterSpec, WeightSource
 from megatron_lite.train.build import Training
 from megatron_lite.train.folder import checkpoints_folder
-from megatron_lite.train.same_run import saved_config
+from megatron_lite.train.same_run import data_marks, saved_config
 from megatron_lite.zero.bucket import Bucket
 from megatron_lite.zero.partition import Interval
 
@@ -50,10 +50,11 @@ class Position:
 
 
 def state_of(training: Training, position: Position) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, as JSON."""
+    """What a checkpoint holds beside tensors, as JSON; that of the first rank is kept."""
     return {
         "position": dataclasses.asdict(position),
         "config": saved_config(training.config),
+        "data": data_marks(training.config) if training.mesh.world.is_first else {},
         "version": __version__,
     }
 

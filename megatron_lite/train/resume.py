@@ -22,7 +22,7 @@ from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.models.families import parameter_table
 from megatron_lite.train.checkpoints import Position, position_in
 from megatron_lite.train.folder import Source, choose_source, is_own_checkpoint, refuse_to_go_back, run_folder
-from megatron_lite.train.same_run import changed_keys
+from megatron_lite.train.same_run import changed_data, changed_keys
 
 
 class ResumeError(ValueError):
@@ -108,7 +108,7 @@ def _refuse_other_shapes(manifest: Manifest, model: ModelConfig) -> None:
 
 
 def _refuse_other_run(manifest: Manifest, config: RunConfig, resume: str, warn: Callable[[str], None]) -> None:
-    changes = changed_keys(manifest.state.get("config", {}), config)
+    changes = changed_keys(manifest.state.get("config", {}), config) + changed_data(manifest.state.get("data"), config)
     if changes and resume == "auto":
         raise ResumeError(
             f"{manifest.folder}: is of another run: {'; '.join(changes)}. Use what it was written with, or name it "

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_lite.config.files import pair_paths
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.data.cache import content_mark
 
 # Keys that say which numbers a run computes, beside its length, its learning rate and its precision, which a user may
 # want to change on the way.
@@ -32,6 +34,22 @@ def changed_keys(before: dict[str, Any], now: RunConfig) -> list[str]:
     of steps, optimizer settings, precision, kernels, where it reports to.
     """
     return [change for key in _IDENTITY for change in _changes(key, _at(before, key), _at(saved_config(now), key))]
+
+
+def data_marks(config: RunConfig) -> dict[str, Any]:
+    """The content mark of each file of the training data, by its path, as far as they are there."""
+    paths = [path for prefix in config.data.train for path in pair_paths(prefix)]
+    return {str(path): content_mark(path) for path in paths if path.is_file()}
+
+
+def changed_data(before: Any, now: RunConfig) -> list[str]:
+    """Files of training data that are not what they were when ``before`` (of `data_marks`) was taken, a sentence each."""
+    marks = data_marks(now) if isinstance(before, dict) else {}
+    return [
+        f"{path} had {before[path]['bytes']:,} bytes and is another file now, of {mark['bytes']:,}"
+        for path, mark in marks.items()
+        if path in before and before[path] != mark
+    ]
 
 
 def saved_config(config: RunConfig) -> dict[str, Any]:

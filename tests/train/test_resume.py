@@ -197,6 +197,21 @@ def test_another_run_is_refused_on_every_rank(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_other_data_under_the_same_name_are_refused(pool: WorkerPool, corpus: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(corpus, tmp_path / "corpus")
+    run(pool, tiny_config(moved, tmp_path, "named", *EVERY_3, "train.num_steps=4"))
+    path = moved / "train.bin"
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content)
+    run(pool, tiny_config(moved, tmp_path, "named", *EVERY_3, "train.num_steps=5"))  # a copy is the same data
+    content[0] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        WorkerError, match=rf"{path} had [\d,]+ bytes and is another file now.*if the change is intended"
+    ):
+        run(pool, tiny_config(moved, tmp_path, "named", *EVERY_3, "train.num_steps=6"))
+
+
 def test_an_intended_change_is_a_warning(pool: WorkerPool, corpus: Path, tmp_path: Path, cut_off: Path) -> None:
     folder = copy_of(cut_off, tmp_path)
     config = tiny_config(corpus, tmp_path, "cut-off", *EVERY_3, "train.seed=7", "optim.lr=1e-3")
