@@ -101,10 +101,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Removes a folder and what is in it, or of a link or a file its name. What cannot be removed stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    with suppress(OSError):  # even looking may be forbidden
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
 
 

@@ -43,7 +43,7 @@ def data_marks(config: RunConfig) -> dict[str, Any]:
 
 
 def changed_data(before: Any, now: RunConfig) -> list[str]:
-    """Files of training data that are not what they were when ``before`` (of `data_marks`) was taken, a sentence each."""
+    """A sentence for each file of training data that is not what it was when ``before`` (of `data_marks`) was taken."""
     marks = data_marks(now) if isinstance(before, dict) else {}
     return [
         f"{path} had {before[path]['bytes']:,} bytes and is another file now, of {mark['bytes']:,}"
