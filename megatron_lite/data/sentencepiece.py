@@ -56,10 +56,12 @@ class _Model:
 def read_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer that gives the ids of a SentencePiece model, of type unigram or bpe, for the same text.
 
-    Control symbols such as `</s>` become special tokens. Symbols that the user of the trainer defined are found after
-    the text is normalised, so those that normalising changes are not found, and a text that is nothing but one of them
-    gets no space in front; those of a unigram model that overlap may be divided in another way. Where the model has a
-    table of characters to replace (nfkc and the like), `tokenizers` loses some accents of a letter that has several.
+    Control symbols such as `</s>` become special tokens. Symbols that the user of the trainer defined are found
+    after the text is normalised, so those that normalising changes are not found, and a text that is nothing but
+    one of them gets no space in front; those of a unigram model that overlap may be divided in another way. Of two
+    readings that a unigram model finds equally likely, up to the rounding of its float32 scores, the other may be
+    taken. Where the model has a table of characters to replace (nfkc and the like), `tokenizers` loses some accents
+    of a letter that has several.
 
     Raises:
         DataError: the file cannot be read or is no SentencePiece model, or one of another type.
@@ -151,8 +153,8 @@ class _Malformed(ValueError):
 
 def _parse(data: bytes) -> _Model:
     pieces: list[_Piece] = []
-    trainer: dict[int, int | bytes] = {}
-    normalizer: dict[int, int | bytes] = {}
+    trainer: dict[int, int | bytes] | None = None
+    normalizer: dict[int, int | bytes] | None = None
     for number, value in _fields(data):
         if number == 1:
             fields = dict(_fields(_bytes(value)))
@@ -164,6 +166,8 @@ def _parse(data: bytes) -> _Model:
             normalizer = dict(_fields(_bytes(value)))
     if not pieces:
         raise _Malformed("it has no pieces")
+    if trainer is None or normalizer is None:  # they come last: a file that was cut between two fields lacks them
+        raise _Malformed("it ends before its settings")
     return _Model(
         pieces=tuple(pieces),
         model_type=_int(trainer.get(3, _UNIGRAM)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ def train(folder: Path, kind: str, options: dict[str, Any]) -> tuple[Path, sente
     return path, sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+def is_tie(model: sentencepiece.SentencePieceProcessor, one: list[int], other: list[int]) -> bool:
+    """Whether two readings of a text are equally likely: the library adds scores in float32, and ours in float64."""
+    scores = [math.fsum(model.get_score(number) for number in ids) for ids in (one, other)]
+    return model.decode(one) == model.decode(other) and math.isclose(*scores, rel_tol=1e-6)
+
+
 # Symbols that are runs of spaces, as Gemma's BPE has them, overlap, and in a unigram model not as here.
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -80,11 +87,15 @@ def test_ids_are_those_of_sentencepiece(tmp_path: Path, kind: str, options: str)
     ours.encode_special_tokens = True  # SentencePiece reads `<s>` in a text as text
     assert ours.get_vocab_size() == theirs.get_piece_size()
     assert all(ours.token_to_id(theirs.id_to_piece(number)) == number for number in range(theirs.get_piece_size()))
+    num_ties = 0
     for text in texts():
-        ids = theirs.encode(text)
-        assert ours.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        ids, found = theirs.encode(text), ours.encode(text, add_special_tokens=False).ids
+        if found != ids:
+            assert kind == "unigram" and is_tie(theirs, found, ids), repr(text)
+            num_ties += 1
         if theirs.unk_id() not in ids:  # which stands for ' ⁇ ' there, and for nothing here
             assert ours.decode(ids) == theirs.decode(ids), repr(text)
+    assert num_ties <= len(texts()) // 50
     # Negative control: the comparison sees the difference between two models.
     assert ours.encode("the cat sat").ids != ours.encode("thecat sat").ids
 
