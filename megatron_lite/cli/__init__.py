@@ -5,6 +5,8 @@ Exit codes: 0 all is well; 1 a proof is broken, or something failed that should 
 
 from __future__ import annotations
 
+import signal
+
 import typer
 
 from megatron_lite.cli.convert import convert
@@ -30,4 +32,8 @@ app.command("eval")(evaluate)
 
 
 def main() -> None:
-    app(prog_name="megatron-lite")
+    try:
+        app(prog_name="megatron-lite")
+    finally:
+        # The command has its exit code. Ctrl-C that is pressed once more, while Python ends, changes nothing.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
