@@ -35,7 +35,7 @@ SAME_FLOOR = {
 # Who reads or sets the environment, and why that is at start-up.
 ENVIRONMENT = {
     "cli/ranks.py": "the command finds out whether torchrun started it",
-    "cli/train.py": "the command finds out whether torchrun started it",
+    "cli/train.py": "hands the environment to rendezvous, for the size of the world",
     "distributed/hosts.py": "chooses gloo's interface before the first group is made",
     "distributed/launch.py": "starts ranks, whose place is in their environment",
     "distributed/rendezvous.py": "reads a rank's place once",

@@ -14,6 +14,16 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ
 
 
+def check_nproc(nproc: int) -> None:
+    """Raises ValueError unless this process may start that many."""
+    if started_by_torchrun():
+        raise ValueError(
+            "--nproc starts processes, and this one was started by torchrun already; leave one of them out"
+        )
+    if nproc < 1:
+        raise ValueError(f"--nproc is {nproc}; it must be at least 1")
+
+
 def run_in_ranks(module: str, function: str, args: tuple[Any, ...], *, nproc: int | None, debug: bool) -> None:
     """Calls ``module.function(*args)`` and ends the command with its exit code.
 
@@ -30,10 +40,5 @@ def run_in_ranks(module: str, function: str, args: tuple[Any, ...], *, nproc: in
         if nproc is None:
             getattr(importlib.import_module(module), function)(*args)
             return
-        if started_by_torchrun():
-            raise ValueError(
-                "--nproc starts processes, and this one was started by torchrun already; leave one of them out"
-            )
-        if nproc < 1:
-            raise ValueError(f"--nproc is {nproc}; it must be at least 1")
+        check_nproc(nproc)
         raise typer.Exit(launch_local(f"{module}:{function}", args, nproc=nproc, preload=(module,)))

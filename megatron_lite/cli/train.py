@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_lite.cli.common import ConfigFile, Debug, Keys, Overrides, errors_told
+from megatron_lite.cli.ranks import check_nproc, started_by_torchrun
 from megatron_lite.cli.report import show_report
 
 
@@ -52,7 +53,7 @@ def train(
     from megatron_lite.distributed.launch import run_rank
 
     arguments = (config, overrides or [], resume, overwrite, port)
-    if nproc is None and "RANK" in os.environ:
+    if nproc is None and started_by_torchrun():
         raise typer.Exit(run_rank(_train_here, arguments))
     with errors_told(debug):
         if nproc is None:
@@ -95,12 +96,7 @@ def _train_in_processes(
     from megatron_lite.train.folder import choose_source, make_log_folder, run_folder
     from megatron_lite.train.metrics import check_extras
 
-    if "RANK" in os.environ:
-        raise ValueError(
-            "--nproc starts processes, and this one was started by torchrun already; leave one of them out"
-        )
-    if nproc < 1:
-        raise ValueError(f"--nproc is {nproc}; it must be at least 1")
+    check_nproc(nproc)
     config = load_config(path, overrides, world_size=nproc, files_exist=True)
     folder = run_folder(config)
     choose_source(config, resume, overwrite=overwrite)
