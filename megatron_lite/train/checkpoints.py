@@ -49,12 +49,12 @@ class Position:
     tokens: int = 0
 
 
-def state_of(training: Training, position: Position) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, as JSON; that of the first rank is kept."""
+def state_of(training: Training, position: Position, data: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, as JSON; that of the first rank is kept. data: of `data_marks`."""
     return {
         "position": dataclasses.asdict(position),
         "config": saved_config(training.config),
-        "data": data_marks(training.config) if training.mesh.world.is_first else {},
+        "data": data,
         "version": __version__,
     }
 
@@ -172,6 +172,8 @@ class Checkpointer:
     def __init__(self, training: Training) -> None:
         self._training, self._settings = training, training.config.checkpoint
         self.folder = checkpoints_folder(training.config)
+        # Of the files that are open now: what replaces them on the disk later is not what this run reads.
+        self._data = data_marks(training.config) if training.mesh.world.is_first else {}
         self._saver: BackgroundSaver | None = None
         if self._settings.asynchronous and self._settings.interval:
             self._saver = BackgroundSaver(second_world(training.mesh))
@@ -215,7 +217,7 @@ class Checkpointer:
         """
         training, axis = self._training, self._training.mesh.world
         folder = step_folder(self.folder, position.step)
-        tensors, state = tensors_to_save(training), state_of(training, position)
+        tensors, state = tensors_to_save(training), state_of(training, position, self._data)
         if self._saver is not None and not wait:
             self._saver.save(
                 folder, tensors, state=state, model=training.config.model, then=lambda: self._prune(folder)
