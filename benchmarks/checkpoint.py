@@ -36,7 +36,9 @@ WHAT = {
     "save": "save, until all is on the disk",
     "load": "load",
     "find": "find_newest: every byte checked",
-    "call": "asynchronous save: the caller waits",
+    "call": "asynchronous save: the call",
+    "settle": "and the wait of an update that comes after the computing",
+    "settle at once": "and of one that comes at once",
     "work": "computing, with nothing beside it",
     "work during a save": "computing, while a save runs",
 }
@@ -120,6 +122,11 @@ def measure(folder: Path, model: ModelConfig, megabytes: int, num_tensors: int, 
         timed("work", compute, products, matrix)
         timed("call", lambda: saver.save(later, state.tensors, state={}, model=model))
         timed("work during a save", compute, products, matrix)
+        timed("settle", saver.settle)
+        saver.wait()
+        remove(later)
+        saver.save(later, state.tensors, state={}, model=model)
+        timed("settle at once", saver.settle)
         saver.wait()
         remove(later)
     return seconds
@@ -159,9 +166,9 @@ def main(
         ratios = (f"{of_copy:.2f}", f"{of_save:.3f}") if moves else ("", "")
         table.add_row(label, f"{median(values):.3f}", f"{min(values):.3f}", speed, *ratios)
     extra = median(
-        (call + during - alone) / whole
-        for call, during, alone, whole in zip(
-            *(seconds[what] for what in ("call", "work during a save", "work", "save")), strict=True
+        (call + during + settle - alone) / whole
+        for call, during, settle, alone, whole in zip(
+            *(seconds[what] for what in ("call", "work during a save", "settle", "work", "save")), strict=True
         )
     )
     console = Console()

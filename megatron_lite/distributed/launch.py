@@ -173,6 +173,11 @@ def run_rank(
     return end.exit_code
 
 
+def is_launched() -> bool:
+    """Whether this process is a rank of `launch_local`, whose launcher speaks for all of them."""
+    return QUIET_VARIABLE in os.environ
+
+
 def _check_port(port: int) -> None:
     if not 1 <= port <= 65535:
         raise ValueError(f"port {port} is not between 1 and 65535; {PORT_REMEDY}")
@@ -243,11 +248,21 @@ def _no_rank_left() -> Iterator[None]:
 def _watch_signals(reader: int, end_at_once: Callable[[], None]) -> None:
     first = None
     while numbers := os.read(reader, 64):
-        if any(number in AGENT_SIGNALS for number in numbers):
-            now = time.monotonic()
-            first = now if first is None else first
-            if now - first > SAME_WISH_S:
-                end_at_once()
+        wishes = [number for number in numbers if number in AGENT_SIGNALS]
+        if not wishes:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+            say_stopping(wishes[0])
+        if now - first > SAME_WISH_S:
+            end_at_once()
+
+
+def say_stopping(number: int) -> None:
+    """Tells the terminal that a signal was heard."""
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone cannot be told
+        print(f"{signal.Signals(number).name}: stopping; once more ends at once", file=sys.stderr, flush=True)
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:

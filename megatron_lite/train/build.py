@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ class Training:
     """A model on this rank's place in the mesh, ready to take steps.
 
     targets_axis: over which the target tokens of a global batch are counted. norm_axis: over which squared gradients
-    are summed. num_steps: optimizer steps taken.
+    are summed. num_steps: optimizer steps taken. before_update: called by each step when it is about to change master
+    weights and moments.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Training:
     targets_axis: Axis
     norm_axis: Axis
     num_steps: int = 0
+    before_update: Callable[[], None] = lambda: None
 
     def evaluation_schedule(self, num_microbatches: int) -> Schedule:
         return forward_only(self.mesh.pp.size, self.mesh.pp.index, num_microbatches)

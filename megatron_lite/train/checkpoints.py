@@ -177,6 +177,7 @@ class Checkpointer:
         self._saver: BackgroundSaver | None = None
         if self._settings.asynchronous and self._settings.interval:
             self._saver = BackgroundSaver(second_world(training.mesh))
+            training.before_update = self._saver.settle
             if self._settings.interval < training.config.train.num_steps:
                 self._saver.reserve(tensors_to_save(training))
 

@@ -51,6 +51,7 @@ def apply_gradients(training: Training) -> tuple[float, float]:
     engine.scale_gradients(clip_factor(norm, optim.clip_grad_norm))
     training.num_steps += 1
     lr = learning_rate(optim, training.num_steps, training.config.train.num_steps)
+    training.before_update()
     for bucket in engine.updated_buckets():
         training.optimizer.step(
             bucket.master,

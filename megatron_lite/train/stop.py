@@ -15,7 +15,7 @@ import time
 from types import FrameType, TracebackType
 
 from megatron_lite.distributed.faults import lost_a_peer
-from megatron_lite.distributed.launch import SAME_WISH_S
+from megatron_lite.distributed.launch import SAME_WISH_S, is_launched, say_stopping
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
@@ -27,12 +27,13 @@ class StopSignals:
     ``requested`` is the number of the first signal, 0 until one comes. Another one `SAME_WISH_S` later ends the process
     at once, with exit code 128 + its number, whatever the main thread does.
 
-    announce: whether this rank says on stderr that it has heard.
+    announce: whether this rank says on stderr that it has heard. A rank of `launch_local` leaves that to the launcher,
+    which ends ranks by SIGTERM also when one of them has died.
     """
 
     def __init__(self, *, announce: bool) -> None:
         self.requested = 0
-        self._announce = announce
+        self._announce = announce and not is_launched()
         self._since = 0.0
 
     def __enter__(self) -> StopSignals:
@@ -74,9 +75,7 @@ class StopSignals:
         if not self.requested:
             self.requested, self._since = number, now
             if self._announce:
-                with contextlib.suppress(OSError, ValueError):  # a terminal that is gone cannot be told
-                    name = signal.Signals(number).name
-                    print(f"{name}: stopping after this step; once more ends at once", file=sys.stderr, flush=True)
+                say_stopping(number)
         elif now - self._since > SAME_WISH_S:
             with contextlib.suppress(OSError, ValueError):
                 if sys.stdout.isatty():

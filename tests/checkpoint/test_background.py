@@ -46,12 +46,13 @@ class Gate:
 
 
 def changing_job(folder: Path) -> None:
-    """Saves twice, and destroys the values right after each call."""
+    """Saves twice, and destroys the values as soon as they may change."""
     saver, memory = BackgroundSaver(second_world()), Memory(LAYOUT, world().index)
     for seed in (1, 3):
         regions = [memory.filled(seed), memory.filled(seed + 1)]
         tensors = memory.to_save(regions[0]) + memory.to_save(regions[1], "adamw.first")
         saver.save(folder / f"step-{seed:08d}", tensors, state={"seed": seed}, model=tiny_model())
+        saver.settle()
         for region in regions:
             region.fill_(-1)
         # what the steps communicate meanwhile has a group of its own
@@ -80,6 +81,7 @@ def test_the_caller_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pyte
         then=lambda: called.append((tmp_path / "step-00000001").is_dir()),
     )
     assert gate.writing.wait(30) and saver.is_busy and not called
+    saver.settle()
     values.fill_(2)
     threading.Timer(0.2, gate.opened.set).start()
     began = time.monotonic()
@@ -96,7 +98,7 @@ def test_the_caller_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pyte
 def test_without_a_snapshot_the_values_would_be_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: the test above sees a saver that copies nothing."""
     gate, values = Gate(monkeypatch), torch.ones(5)
-    monkeypatch.setattr(BackgroundSaver, "_copy", lambda self, tensors: tensors)
+    monkeypatch.setattr(BackgroundSaver, "_copy", lambda self, tensors, made: tensors)
     saver = BackgroundSaver(world())
     saver.save(tmp_path / "step-00000001", [one(values)], state={}, model=tiny_model())
     assert gate.writing.wait(30)
@@ -106,6 +108,44 @@ def test_without_a_snapshot_the_values_would_be_later_ones(tmp_path: Path, monke
     target = torch.zeros(5)
     load(tmp_path / "step-00000001", [one(target)], axis=world())
     assert target[0] == 2
+
+
+def test_an_update_waits_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_copy, settled, copy, values = threading.Event(), threading.Event(), BackgroundSaver._copy, torch.ones(5)
+
+    def held_copy(*arguments: Any) -> Any:
+        assert may_copy.wait(30)
+        return copy(*arguments)
+
+    def update() -> None:
+        saver.settle()
+        settled.set()
+        values.fill_(2)
+
+    monkeypatch.setattr(BackgroundSaver, "_copy", held_copy)
+    saver = BackgroundSaver(world())
+    saver.save(tmp_path / "step-00000001", [one(values)], state={}, model=tiny_model())
+    updating = threading.Thread(target=update)
+    updating.start()
+    assert not settled.wait(0.2), "the call has returned, and the values are still read"
+    may_copy.set()
+    updating.join(30)
+    saver.wait()
+    target = torch.zeros(5)
+    load(tmp_path / "step-00000001", [one(target)], axis=world())
+    assert torch.equal(target, torch.ones(5))
+
+
+def test_an_update_does_not_wait_for_a_copy_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(BackgroundSaver, "_copy", fail)
+    saver = BackgroundSaver(world())
+    saver.save(tmp_path / "step-00000001", [one(torch.ones(5))], state={}, model=tiny_model())
+    saver.settle()
+    with pytest.raises(MemoryError, match="no room"):
+        saver.wait()
 
 
 def failing_job(folder: Path) -> list[str]:

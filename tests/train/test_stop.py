@@ -95,7 +95,7 @@ def test_the_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) 
             assert process.stdout.readline() == "ready\n"
             process.send_signal(number)
             said = process.stderr.readline()
-            assert said == f"{number.name}: stopping after this step; once more ends at once\n"
+            assert said == f"{number.name}: stopping; once more ends at once\n"
             process.send_signal(number)  # the launcher that passes the same Ctrl-C on
             time.sleep(SAME_WISH_S + 0.5)
             assert process.poll() is None

@@ -61,7 +61,7 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(corpus: Path, tmp_path: P
         flags=re.MULTILINE,
     )
     assert stopped is not None and said.count("the run was stopped") == 1, said
-    assert said.count(f"{number.name}: stopping after this step; once more ends at once") == 1
+    assert said.count(f"{number.name}: stopping; once more ends at once") == 1
     assert (f"stopped by {number.name}; all {nproc} ranks have ended" in said) == (nproc > 1 and program is None)
     assert program is not None or "Traceback" not in said
     step, checkpoint = int(stopped[1]), Path(stopped[2])
