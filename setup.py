@@ -30,12 +30,15 @@ ROOT = Path(__file__).resolve().parent
 KERNELS, INDEX = "megatron_lite.ops._native", "megatron_lite.data._index"
 REPORT = "_native_build.json"
 
-# The kernels of cpu.cpp are compiled once for each instruction set; bindings.cpp picks one when they run.
+# cpu.cpp of an op is compiled once for each of the first three, and cpu_<set>.cpp for that set alone; the op's
+# binding_cpu.cpp picks one when it runs.
 CPU_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
 }
+CPU_FLAGS["avx512bf16"] = [*CPU_FLAGS["avx512"], "-mavx512bf16"]
+FOR_EVERY_OP = ("portable", "avx2", "avx512")
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # Machine code for A100 and H100, and PTX that later GPUs compile for themselves.
@@ -95,32 +98,40 @@ def instruction_sets() -> list[str]:
 
 
 def compile_cpu(cxx: list[str], torch_dir: Path, objects: Path, with_cuda: bool) -> list[str]:
-    """Compiles bindings.cpp and every csrc/<op>/cpu.cpp. Returns the object files."""
+    """Compiles the C++ files of every csrc/<op>: its bindings, and its CPU kernels for their instruction sets."""
     sets = instruction_sets()
+    includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
+    defines = [STABLE_ABI, *(f"-DML_WITH_{isa.upper()}" for isa in sets)]
     jobs: list[tuple[Path, str, list[str]]] = []
-    includes = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}", "-Icsrc"]
-    defines = [STABLE_ABI, *(f"-DML_WITH_{isa.upper()}" for isa in sets), *(["-DML_WITH_CUDA"] if with_cuda else [])]
-    jobs.append((ROOT / "csrc/bindings.cpp", "bindings.o", [*includes, *defines]))
-    for source in sorted((ROOT / "csrc").glob("*/cpu.cpp")):
-        for isa in sets:
-            flags = ["-Icsrc", f"-DML_ISA={isa}", *CPU_FLAGS[isa]]
-            jobs.append((source, f"{source.parent.name}_{isa}.o", flags))
+    for binding in ("binding_cpu.cpp", *(["binding_cuda.cpp"] if with_cuda else [])):
+        jobs += [(source, binding, [*includes, *defines]) for source in sources_of(binding)]
+    for isa in sets:
+        names = ("cpu.cpp",) if isa in FOR_EVERY_OP else ()
+        for source in sources_of(*names, f"cpu_{isa}.cpp"):
+            jobs.append((source, f"cpu_{isa}", [f"-DML_ISA={isa}", *CPU_FLAGS[isa]]))
+    outputs = [objects / f"{source.parent.name}_{name}.o" for source, name, _ in jobs]
+    commands = [
+        [*cxx, *CXX_FLAGS, "-Icsrc", *flags, "-c", str(source), "-o", str(output)]
+        for (source, _, flags), output in zip(jobs, outputs, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = [
-            [*cxx, *CXX_FLAGS, *flags, "-c", str(source), "-o", str(objects / name)] for source, name, flags in jobs
-        ]
         list(pool.map(run_compiler, commands))
-    return [str(objects / name) for _, name, _ in jobs]
+    return list(map(str, outputs))
 
 
 def compile_cuda(nvcc: str, objects: Path) -> list[str]:
-    """Compiles every csrc/<op>/cuda.cu, which include no torch header. Returns the object files."""
-    sources = sorted((ROOT / "csrc").glob("*/cuda.cu"))
-    outputs = [str(objects / f"{source.parent.name}_cuda.o") for source in sources]
+    """Compiles every csrc/<op>/cuda*.cu, which include no torch header. Returns the object files."""
+    sources = sources_of("cuda*.cu")
+    outputs = [str(objects / f"{source.parent.name}_{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         commands = [[nvcc, *NVCC_FLAGS, "-Icsrc", "-c", str(s), "-o", o] for s, o in zip(sources, outputs, strict=True)]
         list(pool.map(run_compiler, commands))
     return outputs
+
+
+def sources_of(*patterns: str) -> list[Path]:
+    """The files of these names in the folders of the ops."""
+    return sorted(path for pattern in patterns for path in (ROOT / "csrc").glob(f"*/{pattern}"))
 
 
 def build_library(target: Path, objects: Path) -> dict[str, str | None]:
@@ -220,7 +231,7 @@ setup(
     package_dir={"megatron_lite": "megatron_lite", "megatron_lite._csrc": "csrc"},
     package_data={"megatron_lite": ["py.typed", "report/page.css", "report/page.js"]},
     ext_modules=[
-        Extension(KERNELS, sources=["csrc/bindings.cpp"], optional=True),
+        Extension(KERNELS, sources=["csrc/rms_norm/binding_cpu.cpp"], optional=True),
         Extension(INDEX, sources=["csrc/data/index.cpp"], optional=True),
     ],
     cmdclass={"build_ext": BuildNative},

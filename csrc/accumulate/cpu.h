@@ -1,4 +1,4 @@
-// Adding a gradient to its fp32 sum on the CPU: what bindings.cpp calls.
+// Adding a gradient to its fp32 sum on the CPU: what binding_cpu.cpp calls.
 #pragma once
 
 #include "common/format.h"

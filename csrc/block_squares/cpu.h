@@ -1,4 +1,4 @@
-// Sums of squares over blocks on the CPU: what bindings.cpp calls.
+// Sums of squares over blocks on the CPU: what binding_cpu.cpp calls.
 #pragma once
 
 #include <stdint.h>

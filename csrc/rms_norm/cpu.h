@@ -1,4 +1,4 @@
-// RMSNorm on the CPU: what bindings.cpp calls. One table of functions for each instruction set of this build.
+// RMSNorm on the CPU: what binding_cpu.cpp calls. One table of functions for each instruction set of this build.
 #pragma once
 
 #include "common/format.h"

@@ -1,4 +1,4 @@
-// RMSNorm on CUDA: what bindings.cpp calls. Plain C types, so that cuda.cu needs no header of torch.
+// RMSNorm on CUDA: what binding_cuda.cpp calls. Plain C types, so that cuda.cu needs no header of torch.
 #pragma once
 
 #include "common/format.h"

@@ -1,4 +1,4 @@
-// Rotary position embedding on the CPU: what bindings.cpp calls.
+// Rotary position embedding on the CPU: what binding_cpu.cpp calls.
 #pragma once
 
 #include "common/format.h"

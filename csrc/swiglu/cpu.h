@@ -1,4 +1,4 @@
-// SwiGLU on the CPU: what bindings.cpp calls.
+// SwiGLU on the CPU: what binding_cpu.cpp calls.
 #pragma once
 
 #include "common/format.h"

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig, RopeScaling
 from megatron_lite.config.section import LayerCounts, Section, derived
 
@@ -164,17 +165,6 @@ class RunSettings(Section):
         default="off", description="Weights & Biases: one run for all ranks; offline writes it to disk only"
     )
     tensorboard: bool = Field(default=False, description="whether TensorBoard event files are written")
-
-
-class KernelsConfig(Section):
-    """Which implementation of an operation runs. One that is asked for by name and cannot run is an error."""
-
-    rms_norm: Literal["auto", "reference", "cpu", "triton", "cuda"] = Field(
-        default="auto", description="implementation of RMSNorm; auto: the fastest that runs on the device"
-    )
-    attention: Literal["auto", "reference", "sdpa"] = Field(
-        default="auto", description="implementation of attention; auto: sdpa, the fused attention of PyTorch"
-    )
 
 
 class RunConfig(Section):

@@ -64,13 +64,14 @@ class Norm(nn.Module):
 
     def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
         super().__init__()
-        self.eps, self.backend = config.norm_eps, kernels.rms_norm
+        is_layer_norm = family.norm == "layer_norm"
+        self.eps, self.backend = config.norm_eps, kernels.layer_norm if is_layer_norm else kernels.rms_norm
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if family.norm == "layer_norm" else None
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if is_layer_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
-            return layer_norm(x, self.weight, self.bias, self.eps)
+            return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, backend=self.backend)
 
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window = layer, config.window_of_layer(layer)
-        self.head_dim, self.backend = config.head_dim, kernels.attention
+        self.head_dim, self.kernels = config.head_dim, kernels
         query, key = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.qkv = Linear(config.hidden_size, (query, key, key), bias=family.qkv_bias)
         self.out = Linear(query, (config.hidden_size,), bias=family.biases)
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         shapes = [(*lead, size // self.head_dim, self.head_dim) for size in self.qkv.split_sizes]
         q_BSND, k_BSKD, v_BSKD = split_projections(self.qkv(x_TH), shapes)
         if sequences.rotary is not None:
-            q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary)
+            q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary, backend=self.kernels.rotary)
         past, lengths = sequences.past, None
         if past is not None:
             (k_BSKD, v_BSKD), lengths = past.extend(self.layer, k_BSKD, v_BSKD), past.lengths
@@ -128,7 +129,7 @@ class Attention(nn.Module):
             documents=sequences.documents,
             window=self.window,
             lengths=lengths,
-            backend=self.backend,
+            backend=self.kernels.attention,
         )
         return self.out(mixed_BSND.flatten(2).flatten(0, 1))
 
@@ -136,16 +137,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020) on a fused gate and up projection, or GELU."""
 
-    def __init__(self, config: ModelConfig, family: Family) -> None:
+    def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
         super().__init__()
         ffn = config.ffn_hidden_size
         self.is_gated = family.activation == "swiglu"
+        self.backend = kernels.swiglu if self.is_gated else kernels.gelu
         self.up = Linear(config.hidden_size, (ffn, ffn) if self.is_gated else (ffn,), bias=family.biases)
         self.down = Linear(ffn, (config.hidden_size,), bias=family.biases)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         activation = swiglu if self.is_gated else gelu
-        return self.down(activation(self.up(x_TH)))
+        return self.down(activation(self.up(x_TH), backend=self.backend))
 
 
 class Block(nn.Module):
@@ -156,7 +158,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(config, family, kernels)
         self.attention = Attention(config, family, kernels, layer)
         self.mlp_norm = Norm(config, family, kernels)
-        self.mlp = MLP(config, family)
+        self.mlp = MLP(config, family, kernels)
 
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), sequences)
@@ -173,10 +175,13 @@ class LossHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.saves_gradients = True
+        self.saves_gradients, self.backend = True, "auto"
 
     def forward(self, x_TH: Tensor, targets_BS: Tensor) -> Tensor:
-        return linear_cross_entropy(x_TH, self.weight, targets_BS.flatten(), saves_gradients=self.saves_gradients)
+        targets_T = targets_BS.flatten()
+        return linear_cross_entropy(
+            x_TH, self.weight, targets_T, saves_gradients=self.saves_gradients, backend=self.backend
+        )
 
     def logits(self, x_TH: Tensor) -> Tensor:
         return F.linear(x_TH, self.weight)

@@ -46,6 +46,7 @@ def _always() -> str | None:
 
 _CPU, _CUDA = frozenset({"cpu"}), frozenset({"cuda"})
 _NATIVE_CPU = Backend("cpu", _FLOATS, _CPU, native.missing_cpu)
+_TORCH = Backend("torch", _ALL_FLOATS, None, _always)
 _REFERENCE = Backend("reference", _ALL_FLOATS, None, _always)
 
 BACKENDS: Mapping[str, tuple[Backend, ...]] = {
@@ -56,10 +57,12 @@ BACKENDS: Mapping[str, tuple[Backend, ...]] = {
         _REFERENCE,
     ),
     "attention": (Backend("sdpa", _ALL_FLOATS, None, _always), _REFERENCE),
-    "layer_norm": (_REFERENCE,),
+    "layer_norm": (_TORCH, _REFERENCE),
     "rotary": (_NATIVE_CPU, _REFERENCE),
     "swiglu": (_NATIVE_CPU, _REFERENCE),
-    "gelu": (_REFERENCE,),
+    "gelu": (_TORCH, _REFERENCE),
+    "cross_entropy": (_REFERENCE,),
+    "adamw": (_TORCH, _REFERENCE),
     "accumulate": (_NATIVE_CPU, _REFERENCE),
     "block_squares": (Backend("cpu", frozenset({torch.float32}), _CPU, native.missing_cpu), _REFERENCE),
 }

@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.ops import dispatch
 
-def gelu(x: Tensor) -> Tensor:
+
+def gelu(x: Tensor, backend: str = "auto") -> Tensor:
     """GELU (tanh approximation) of x[...]; same shape and dtype. fp32, bf16, fp16, fp64; saves only its input."""
+    if dispatch.select("gelu", backend, x.dtype, x.device.type).backend == "reference":
+        return gelu_reference(x)
     return F.gelu(x, approximate="tanh")
 
 

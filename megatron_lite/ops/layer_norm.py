@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import native
+from megatron_lite.ops import dispatch, native
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str = "auto") -> Tensor:
     """LayerNorm of x[..., D] with weight[D] and bias[D]; the result has x's shape and dtype.
 
     fp32, bf16, fp16 and fp64; everything between load and store is fp32 (fp64 for fp64). Saves x, the weight and two
     numbers a row.
     """
     assert x.shape[-1:] == weight.shape == bias.shape, f"{tuple(x.shape)} {tuple(weight.shape)} {tuple(bias.shape)}"
-    if torch.compiler.is_compiling():  # the compiler fuses the plain form
+    choice = dispatch.select("layer_norm", backend, x.dtype, x.device.type)
+    if choice.backend == "reference" or torch.compiler.is_compiling():  # the compiler fuses the plain form
         return layer_norm_reference(x, weight, bias, eps)
     if native.runs_bare():
         return _kernel(x, weight, bias, eps)[0]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lite.ops import dispatch
+
 IGNORED_TARGET = -100
 # Logits of one chunk, in the statistics' dtype. Larger chunks only cost memory: the products are at peak by then.
 CHUNK_BYTES = 32 << 20
@@ -48,6 +50,7 @@ def linear_cross_entropy(
     *,
     shard: VocabularyShard | None = None,
     saves_gradients: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum over tokens of ``logsumexp(x W^T) - (x W^T)[target]``.
 
@@ -67,6 +70,7 @@ def linear_cross_entropy(
     if shard is None:
         shard = VocabularyShard(0, weight.shape[0], weight.shape[0])
     check_ids(targets.masked_fill(targets == IGNORED_TARGET, 0), shard.vocab_size)
+    dispatch.select("cross_entropy", backend, x.dtype, x.device.type)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(x, weight, targets, shard, wants_grad, saves_gradients)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_lite.ops import dispatch, native
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Rotates q[B, S, Hq, D] and k[B, S, Hk, D] by the angles of cos and sin, both [B or 1, S, D/2].
 
     Dimension i is paired with i + D/2. fp32, bf16 and fp16 with fp32 cos and sin, fp64 with fp64; the products are
@@ -23,7 +23,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """
     assert q.dim() == k.dim() == 4 and cos.dim() == 3, "q, k are [B, S, H, D]; cos, sin are [B or 1, S, D/2]"
     assert cos.shape == sin.shape and cos.shape[-1] * 2 == q.shape[-1] == k.shape[-1], "cos and sin have D/2 columns"
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _rotate(q, cos, sin, backend), _rotate(k, cos, sin, backend)
 
 
 def rotary_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,8 +37,8 @@ def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    choice = dispatch.select("rotary", "auto", x.dtype, x.device.type)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+    choice = dispatch.select("rotary", backend, x.dtype, x.device.type)
     if choice.backend == "cpu" and cos.dtype == torch.float32:
         if native.runs_bare():
             return _kernel_cpu(x, cos, sin, False)

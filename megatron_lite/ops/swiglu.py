@@ -18,13 +18,13 @@ from torch import Tensor
 from megatron_lite.ops import dispatch, native
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
     """silu(first half) * second half of gate_up[..., 2F] -> [..., F], same dtype.
 
     fp32, bf16, fp16, fp64; everything between load and store is fp32 (fp64 for fp64).
     """
     assert gate_up.shape[-1] % 2 == 0, f"the last dimension holds gate and up, so it is even: {tuple(gate_up.shape)}"
-    if dispatch.select("swiglu", "auto", gate_up.dtype, gate_up.device.type).backend == "cpu":
+    if dispatch.select("swiglu", backend, gate_up.dtype, gate_up.device.type).backend == "cpu":
         if native.runs_bare():
             return _forward_cpu(gate_up)
         return torch.ops.megatron_lite.swiglu_cpu(gate_up)

@@ -24,8 +24,8 @@ class AdamWState:
 class AdamW:
     """Decoupled weight decay: ``w -= lr * (m / (sqrt(v) + eps) + decay * w)`` with bias-corrected moments."""
 
-    def __init__(self, config: OptimConfig) -> None:
-        self.config = config
+    def __init__(self, config: OptimConfig, backend: str = "auto") -> None:
+        self.config, self.backend = config, backend
 
     def init_state(self, weights: Tensor) -> AdamWState:
         return AdamWState(torch.zeros_like(weights), torch.zeros_like(weights))

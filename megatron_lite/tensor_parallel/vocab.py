@@ -44,7 +44,7 @@ class VocabParallelLossHead(ParallelModule):
     def __init__(self, specs: dict[str, ParameterSpec], axis: Axis, sequence_parallel: bool) -> None:
         super().__init__(specs, axis, sequence_parallel)
         self.vocab_size = specs["weight"].shape[0]
-        self.saves_gradients = True
+        self.saves_gradients, self.backend = True, "auto"
         piece = self.weight_shard.pieces[0]
         self.shard = VocabularyShard(
             piece.start,
@@ -60,7 +60,12 @@ class VocabParallelLossHead(ParallelModule):
 
     def forward(self, x: Tensor, targets_BS: Tensor) -> Tensor:
         return linear_cross_entropy(
-            self._enter(x), self.weight, targets_BS.flatten(), shard=self.shard, saves_gradients=self.saves_gradients
+            self._enter(x),
+            self.weight,
+            targets_BS.flatten(),
+            shard=self.shard,
+            saves_gradients=self.saves_gradients,
+            backend=self.backend,
         )
 
     def logits(self, x: Tensor) -> Tensor:

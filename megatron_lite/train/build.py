@@ -92,7 +92,7 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
         sequence_parallel=config.parallel.sequence_parallel,
         stages_of={name: stage_of(name, stage_layers) for pair in table.tied_pairs() for name in pair},
     )
-    optimizer = OPTIMIZERS[config.optim.name](config.optim)
+    optimizer = OPTIMIZERS[config.optim.name](config.optim, config.kernels.adamw)
     runner = PipelineRunner(
         model,
         mesh=mesh,
@@ -134,6 +134,8 @@ def build_stage(
     with torch.device("meta"):
         stage = Transformer(model, kernels)
     apply_tensor_parallel(stage, table, tp=mesh.tp, sequence_parallel=sequence_parallel)
+    if stage.head is not None:
+        stage.head.backend = kernels.cross_entropy
     cut_stage(stage, stage_layers, mesh.pp.index)
     _materialise(stage, table, mesh, precision, weights)
     return stage

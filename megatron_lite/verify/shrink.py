@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from megatron_lite.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron_lite.ops.dispatch import select
 from megatron_lite.verify.layouts import ProofLayout, layout_of_config
 
 # A model of at most this many weights is proven as it is.
@@ -47,8 +50,6 @@ def shrink(config: RunConfig, dtype: str) -> RunConfig:
     stage_layers = config.parallel.stage_layers
     if stage_layers is not None and sum(stage_layers) != model.num_layers:
         stage_layers = None
-    runs_here = config.kernels.rms_norm == "reference" or (config.kernels.rms_norm == "cpu" and dtype == "float32")
-    kernels = {} if runs_here else {"rms_norm": "auto"}
     return config.model_copy(
         update={
             "model": model,
@@ -58,9 +59,20 @@ def shrink(config: RunConfig, dtype: str) -> RunConfig:
             "data": DataConfig(shuffle=config.data.shuffle, isolate_documents=config.data.isolate_documents),
             "init": config.init.model_copy(update={"from_hf": None}),
             "run": config.run.model_copy(update={"device": "cpu"}),
-            "kernels": config.kernels.model_copy(update=kernels),
+            "kernels": config.kernels.model_copy(update=_kernels(config, getattr(torch, dtype))),
         }
     )
+
+
+def _kernels(config: RunConfig, dtype: torch.dtype) -> dict[str, str]:
+    """auto for the kernels that are asked for by name and do not run on a CPU in this dtype."""
+    update = {}
+    for op, backend in config.kernels:
+        try:
+            select(op, backend, dtype, "cpu")
+        except ValueError:
+            update[op] = "auto"
+    return update
 
 
 def _sequence_length(config: RunConfig, tp: int) -> int:

@@ -1,0 +1,46 @@
+// What the files that know tensors share (binding_cpu.cpp and binding_cuda.cpp of each op): they register the kernels as
+// operators through torch's stable ABI (torch 2.11 and up). Autograd, fake kernels and the choice between devices are
+// registered in Python (megatron_lite/ops), on top of these.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/format.h"
+
+// The device that binding_cuda.cpp registers for. The tests run the same sources on the CPU, emulated.
+#ifndef ML_CUDA_KEY
+#define ML_CUDA_KEY CUDA
+#endif
+
+namespace ml {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Format format_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Format::kFp32;
+    case ScalarType::BFloat16: return Format::kBf16;
+    case ScalarType::Half: return Format::kFp16;
+    default: STD_TORCH_CHECK(false, "the kernel takes fp32, bf16 and fp16");
+  }
+}
+
+inline Tensor rows_like(const Tensor& x, int64_t rows) {
+  return torch::stable::new_empty(x, {rows}, ScalarType::Float);
+}
+
+constexpr int64_t kCpuNumbersPerTask = 1 << 15;  // below this, a second thread costs more than it brings
+
+inline int64_t grain(int64_t numbers_per_item) {
+  return std::max<int64_t>(1, kCpuNumbersPerTask / std::max<int64_t>(1, numbers_per_item));
+}
+
+}  // namespace ml
