@@ -1,11 +1,42 @@
-// What the CUDA kernels share: 16-byte accesses, conversions to and from fp32, sums over a warp and over a row's threads.
+// What the CUDA kernels share: launches, 16-byte accesses, conversions to and from fp32, sums over a warp and over a
+// row's threads.
+//
+// The tests compile every .cu file for the CPU too (ML_EMULATED), where threads take turns between barriers.
 #pragma once
+
+#ifdef ML_EMULATED
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
 
 namespace ml {
+
+#ifndef ML_EMULATED
+// Starts `kernel` on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const auto code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (code != cudaSuccess) return code;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  return cudaGetLastError();
+}
+
+// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char ml_dynamic_shared[];
+  return reinterpret_cast<T*>(ml_dynamic_shared);
+}
+#endif
 
 // As many numbers as one 16-byte access moves.
 template <class T>

@@ -182,10 +182,10 @@ void launch_forward(const void* x_, const void* weight_, void* y_, float* rstd, 
   const Spread spread = spread_of<T>(dim, on_16_bytes(x, weight, y));
   const auto grid = static_cast<unsigned>(rows);
   switch (spread.packs) {
-    case 1: forward_packed<T, W, 1><<<grid, spread.threads, 0, stream>>>(x, weight, y, rstd, dim, eps); break;
-    case 2: forward_packed<T, W, 2><<<grid, spread.threads, 0, stream>>>(x, weight, y, rstd, dim, eps); break;
-    case 4: forward_packed<T, W, 4><<<grid, spread.threads, 0, stream>>>(x, weight, y, rstd, dim, eps); break;
-    default: forward_any<T, W><<<grid, spread.threads, 0, stream>>>(x, weight, y, rstd, dim, eps);
+    case 1: launch(forward_packed<T, W, 1>, grid, spread.threads, 0, stream, x, weight, y, rstd, dim, eps); break;
+    case 2: launch(forward_packed<T, W, 2>, grid, spread.threads, 0, stream, x, weight, y, rstd, dim, eps); break;
+    case 4: launch(forward_packed<T, W, 4>, grid, spread.threads, 0, stream, x, weight, y, rstd, dim, eps); break;
+    default: launch(forward_any<T, W>, grid, spread.threads, 0, stream, x, weight, y, rstd, dim, eps);
   }
 }
 
@@ -202,13 +202,13 @@ void launch_backward(const void* dy_, const void* x_, const void* weight_, const
   const int threads = spread.threads;
   switch (num_blocks > 0 ? spread.packs : -1) {
     case -1: break;  // no rows: the gradient of the weight is zero, and a grid of no blocks is an error
-    case 1: backward_packed<T, W, 1><<<grid, threads, 0, stream>>>(dy, x, weight, rstd, dx, parts, rows, dim); break;
-    case 2: backward_packed<T, W, 2><<<grid, threads, 0, stream>>>(dy, x, weight, rstd, dx, parts, rows, dim); break;
-    case 4: backward_packed<T, W, 4><<<grid, threads, 0, stream>>>(dy, x, weight, rstd, dx, parts, rows, dim); break;
-    default: backward_any<T, W><<<grid, threads, 0, stream>>>(dy, x, weight, rstd, dx, parts, rows, dim);
+    case 1: launch(backward_packed<T, W, 1>, grid, threads, 0, stream, dy, x, weight, rstd, dx, parts, rows, dim); break;
+    case 2: launch(backward_packed<T, W, 2>, grid, threads, 0, stream, dy, x, weight, rstd, dx, parts, rows, dim); break;
+    case 4: launch(backward_packed<T, W, 4>, grid, threads, 0, stream, dy, x, weight, rstd, dx, parts, rows, dim); break;
+    default: launch(backward_any<T, W>, grid, threads, 0, stream, dy, x, weight, rstd, dx, parts, rows, dim);
   }
   const auto columns = static_cast<unsigned>((dim + 127) / 128);
-  sum_parts<W><<<columns, 128, 0, stream>>>(parts, static_cast<W*>(dweight), num_blocks, dim);
+  launch(sum_parts<W>, columns, 128, 0, stream, parts, static_cast<W*>(dweight), num_blocks, dim);
 }
 
 // Calls `launch` with the two formats as types. The weight is of x's format, or fp32.
