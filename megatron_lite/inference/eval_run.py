@@ -164,7 +164,8 @@ def _write(request: EvalRequest, plan: Plan, results: dict[str, Any] | None) -> 
 def load_runner(source: Source, mesh: Mesh, dtype: str) -> PipelineRunner:
     """This rank's part of the model, and what runs it."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    stage = load_stage(source, mesh=mesh, dtype=torch_dtype)
+    # Plain weights: those that are not finite are named.
+    stage = load_stage(source, mesh=mesh, dtype=torch_dtype, packs=False)
     return PipelineRunner(stage, mesh=mesh, dtype=torch_dtype, tokens_divide_by=1, reduce_gradients=lambda: None)
 
 
