@@ -1,10 +1,14 @@
-"""From parts of documents to token ids: batches are encoded on all cores while the next ones are being read."""
+"""From parts of documents to token ids: batches are encoded on all cores while the next ones are being read.
+
+Much text is encoded in processes of their own (encode_workers.py), little text in this one.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -14,13 +18,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megatron_lite.data.documents import Position
+from megatron_lite.data.encode_worker import encode_pieces
+from megatron_lite.data.encode_workers import Workers
 from megatron_lite.data.splits import SPLITS, TRAIN, Part, Skipped
 from megatron_lite.data.tokenizer import as_continuation, as_plain_text
 from megatron_lite.utils.files import DataError
 
-BATCH_BYTES = 1 << 21  # a token takes some hundred bytes while the tokenizers library holds it
+BATCH_BYTES = 1 << 19  # a token takes some hundred bytes while the tokenizers library holds it
 BATCH_PIECES = 1 << 14  # an encoding costs about a kilobyte beside its tokens, which tells where documents are short
-# So many batches are encoded at a time: where one has too few pieces left for all cores, the next one has some.
+# So many batches are encoded at a time in this process: where one has too few pieces left for all cores, the next one
+# has some.
 _BATCHES_AT_ONCE = 2
 
 
@@ -96,64 +103,67 @@ class Encoder:
     Text that reads like a special token is encoded as text. Truncation and padding of the tokenizer are ignored.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, end: int, dtype: np.dtype[Any], num_workers: int = 0) -> None:
+        """num_workers: processes that `run` starts; without any, it encodes in this one, on all cores."""
         self._dtype = dtype
-        self._end = [end]
+        self._end = np.array([end], dtype)
         self._tokenizer = as_plain_text(tokenizer)
         continuation = as_continuation(tokenizer)
         self._continuation = None if continuation is None else as_plain_text(continuation)
+        self._workers = Workers(num_workers, self._tokenizer, self._continuation, dtype) if num_workers else None
 
     def run(self, batches: Iterable[Batch], sink: Callable[[Batch, list[SplitTokens]], None]) -> None:
         """Give every batch and its tokens to `sink`, in order.
 
-        When `batches` raises, those before are still encoded, and given.
+        When `batches` raises DataError, those before are still encoded, and given.
+
+        Raises:
+            DataError: that of `batches`, or a worker was killed.
         """
         pending: deque[tuple[Batch, Future[list[SplitTokens]]]] = deque()
-        # The library releases the interpreter's lock and has a thread for each core; these only wait for them.
-        with ThreadPoolExecutor(_BATCHES_AT_ONCE, "encode") as pool:
-            try:
-                for batch in batches:
-                    pending.append((batch, pool.submit(self.encode, batch)))
-                    if len(pending) > _BATCHES_AT_ONCE:
-                        _give(pending, sink)
-            except DataError:
-                while pending:
+        failures: list[DataError] = []
+        at_once = self._workers.count if self._workers else _BATCHES_AT_ONCE
+        # The threads only wait for processes, or for the library, which has a thread for each core.
+        with ThreadPoolExecutor(at_once, "encode") as pool, self._workers or nullcontext():
+            for batch in _until_failure(batches, failures):
+                pending.append((batch, pool.submit(self.encode, batch)))
+                if len(pending) > at_once:
                     _give(pending, sink)
-                raise
             while pending:
                 _give(pending, sink)
+        if failures:
+            raise failures[0]
 
     def encode(self, batch: Batch) -> list[SplitTokens]:
         """The tokens of each split."""
-        encodings = self._encode_texts(batch)
-        lists: list[list[list[int]]] = [[] for _ in SPLITS]
+        if self._workers:
+            ids, lengths = self._workers.encode(batch.texts, batch.begins)
+        else:
+            pieces = encode_pieces(self._tokenizer, self._continuation, batch.texts, batch.begins)
+            lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+            ids = np.fromiter(chain.from_iterable(pieces), self._dtype, int(lengths.sum()))
+        lists: list[list[NDArray[Any]]] = [[ids[:0]] for _ in SPLITS]
         counts, ends = [0 for _ in SPLITS], [list[int]() for _ in SPLITS]
-        for split, ids, is_end in zip(batch.split, encodings, batch.ends, strict=True):
-            lists[split].append(ids)
-            counts[split] += len(ids)
+        start = 0
+        for split, length, is_end in zip(batch.split, lengths.tolist(), batch.ends, strict=True):
+            lists[split].append(ids[start : start + length])
+            start += length
+            counts[split] += length
             if is_end:
                 lists[split].append(self._end)
                 counts[split] += 1
                 ends[split].append(counts[split])
         return [
-            SplitTokens(
-                np.fromiter(chain.from_iterable(lists[split]), self._dtype, counts[split]),
-                np.array(ends[split], dtype=np.int64),
-            )
+            SplitTokens(np.concatenate(lists[split]), np.array(ends[split], dtype=np.int64))
             for split in range(len(SPLITS))
         ]
 
-    def _encode_texts(self, batch: Batch) -> Iterator[list[int]]:
-        if self._continuation is None or all(batch.begins):
-            encodings = self._tokenizer.encode_batch_fast(batch.texts, add_special_tokens=False)
-            return (encoding.ids for encoding in encodings)
-        chosen = list(zip(batch.texts, batch.begins, strict=True))
-        first = self._tokenizer.encode_batch_fast([text for text, begins in chosen if begins], add_special_tokens=False)
-        later = self._continuation.encode_batch_fast(
-            [text for text, begins in chosen if not begins], add_special_tokens=False
-        )
-        sources = {True: iter(first), False: iter(later)}
-        return (next(sources[begins]).ids for begins in batch.begins)
+
+def _until_failure(batches: Iterable[Batch], failures: list[DataError]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except DataError as error:
+        failures.append(error)
 
 
 def _give(

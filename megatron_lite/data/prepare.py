@@ -26,6 +26,9 @@ from megatron_lite.data.tokenizer_training import MIN_VOCAB_SIZE, TYPES, Tokeniz
 from megatron_lite.utils.files import DataError
 
 TOKENIZER_BYTES = 1 << 28  # training text that a new tokenizer is made from, at most
+# A process for each core encodes where there is as much to read; it takes a tenth of a second until all have started.
+WORKERS_FROM_BYTES = 1 << 22
+MAX_WORKERS = 32  # more than this process can read and write for
 _FORMAT = 1  # of what is kept in OUT/.partial and of what a text becomes; another one starts anew
 
 
@@ -252,7 +255,9 @@ def _make(request: _Request, partial: Partial, digest: str, bar: Progress, tell:
     vocab_size = tokenizer_vocab_size(tokenizer)
     dtype = token_dtype(vocab_size)
     partial.open(dtype)
-    task = bar.add_task("encoding", total=sum(file.disk_bytes for file in request.files))
+    disk_bytes = sum(file.disk_bytes for file in request.files)
+    num_workers = min(len(os.sched_getaffinity(0)), MAX_WORKERS) if disk_bytes >= WORKERS_FROM_BYTES else 0
+    task = bar.add_task("encoding", total=disk_bytes)
 
     def write(batch: Batch, tokens: list[SplitTokens]) -> None:
         partial.append(batch, tokens)
@@ -260,7 +265,7 @@ def _make(request: _Request, partial: Partial, digest: str, bar: Progress, tell:
 
     documents = iter_documents(request.files, request.text_key, state.position)
     parts = read_parts(documents, splits, request.errors)
-    Encoder(tokenizer, end, dtype).run(read_batches(parts, state.position), write)
+    Encoder(tokenizer, end, dtype, num_workers).run(read_batches(parts, state.position), write)
     _check_unchanged(request.files)
     bar.update(task, completed=bar.tasks[task].total)
     partial.finish(_meta(partial, digest, splits, dtype.name, end, vocab_size), splits.wanted)
