@@ -58,6 +58,8 @@ def _all_rows() -> Iterator[Row]:
         yield Row(f"dp2-{dtype}", dtype, ("ddp_zero",), 2, dp=2, default=False)
     for dtype in dtypes:
         yield Row(f"plain-{dtype}", dtype, ("plain_torch", "transformers_llama"), 4, default=False)
+    for dtype in dtypes:
+        yield Row(f"compiled-{dtype}", dtype, ("compiled_torch",), 4, default=False)
 
 
 ROWS = {row.name: row for row in _all_rows()}

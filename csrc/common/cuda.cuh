@@ -48,6 +48,12 @@ struct alignas(16) Pack {
   T values[size];
 };
 
+// `size` numbers that one access moves.
+template <class T, int size>
+struct alignas(size * sizeof(T)) Numbers {
+  T values[size];
+};
+
 template <class... Pointers>
 bool on_16_bytes(Pointers... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...) % 16 == 0;

@@ -7,8 +7,8 @@
 
 namespace ml {
 
-// The best instruction set that this CPU and this build have: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 products.
-// Tests lower the choice by `requested`; -1 is the best.
+// The best instruction set that this CPU and this build have: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16
+// products. Tests lower the choice by `requested`; -1 is the best.
 inline int64_t instruction_set(int64_t requested) {
   int64_t best = 0;
 #ifdef ML_WITH_AVX2
@@ -33,4 +33,11 @@ inline int64_t instruction_set(int64_t requested) {
                                  : ml::instruction_set(isa) == 1 ? ml::op##_avx2 : ml::op##_portable)
 #else
 #define ML_KERNELS(op, isa) ((void)ml::instruction_set(isa), ml::op##_portable)
+#endif
+
+// The same for an op that has a cpu_avx512bf16.cpp.
+#ifdef ML_WITH_AVX512BF16
+#define ML_KERNELS_WITH_BF16(op, isa) (ml::instruction_set(isa) >= 3 ? ml::op##_avx512bf16 : ML_KERNELS(op, isa))
+#else
+#define ML_KERNELS_WITH_BF16(op, isa) ML_KERNELS(op, isa)
 #endif

@@ -1,12 +1,16 @@
-// What the files that know tensors share (binding_cpu.cpp and binding_cuda.cpp of each op): they register the kernels as
-// operators through torch's stable ABI (torch 2.11 and up). Autograd, fake kernels and the choice between devices are
-// registered in Python (megatron_lite/ops), on top of these.
+// What the files that know tensors share (binding_cpu.cpp and binding_cuda.cpp of each op): they register the kernels
+// as operators through torch's stable ABI (torch 2.11 and up). Autograd, fake kernels and the choice between devices
+// are registered in Python (megatron_lite/ops), on top of these.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <tuple>
@@ -35,6 +39,29 @@ inline Format format_of(const Tensor& t) {
 
 inline Tensor rows_like(const Tensor& x, int64_t rows) {
   return torch::stable::new_empty(x, {rows}, ScalarType::Float);
+}
+
+// From here on the first write to each ordinary page of 4 KiB, which stops for the kernel, costs more than the writing.
+constexpr int64_t kHugePagesFromBytes = int64_t(8) << 20;
+
+// Asks for huge pages in `t`, which nobody has written yet, if it is large. Advice: the system may not follow it.
+inline void use_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const int64_t bytes = t.numel() * t.element_size();
+  if (bytes < kHugePagesFromBytes) return;
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// An empty tensor like `x`, on huge pages if it is large.
+inline Tensor fresh_like(const Tensor& x) {
+  const Tensor fresh = torch::stable::empty_like(x);
+  use_huge_pages(fresh);
+  return fresh;
 }
 
 constexpr int64_t kCpuNumbersPerTask = 1 << 15;  // below this, a second thread costs more than it brings

@@ -9,6 +9,10 @@
 
 #include <stdint.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>  // intrinsics are inlined always: no copy of them reaches the linker
+#endif
+
 namespace {
 
 constexpr int64_t kLanes = 16;
@@ -26,6 +30,13 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 #define ML_INLINE inline __attribute__((always_inline))
 
 ML_INLINE f32x16 splat(float value) { return f32x16{} + value; }
+
+// Sixteen lanes of two vectors, by their numbers: those of `a` are 0 to 15, those of `b` 16 to 31.
+#ifdef __clang__
+#define ML_SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ML_SHUFFLED(a, b, ...) __builtin_shuffle(a, b, i32x16{__VA_ARGS__})
+#endif
 
 // Storage formats: how `count` <= 16 stored numbers become fp32 lanes and back. Lanes past `count` read as zero.
 
@@ -49,9 +60,14 @@ struct Bf16 {
     return (f32x16)(__builtin_convertvector(packed, u32x16) << 16);
   }
   static ML_INLINE void store(Stored* target, f32x16 lanes, int64_t count = kLanes) {
+#ifdef __AVX512BF16__  // one instruction; it differs from what follows in making zeros of numbers below 2^-126
+    const __m256bh packed = _mm512_cvtneps_pbh((__m512)lanes);
+#else
     const u32x16 bits = (u32x16)lanes;
     const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const u16x16 packed = __builtin_convertvector(lanes != lanes ? u32x16{} + 0x7fc0u : rounded, u16x16);
+    const u32x16 is_nan = (u32x16)(lanes != lanes);  // by masks: GCC takes `?:` on wide vectors apart, lane by lane
+    const u16x16 packed = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), u16x16);
+#endif
     __builtin_memcpy(target, &packed, count * sizeof(Stored));
   }
 };
@@ -95,12 +111,34 @@ ML_INLINE float sum_lanes(f32x16 lanes) {
   return part[0];
 }
 
-// e^x to about one unit in the last place. Above 88.3 it is infinity, below -87 it stays at e^-87: the results between
+// The vector that one register holds. GCC takes comparisons of wider ones apart, lane by lane.
+#if defined(__AVX512F__)
+typedef f32x16 Register;
+#elif defined(__AVX2__)
+typedef float Register __attribute__((vector_size(32)));
+#else
+typedef float Register __attribute__((vector_size(16)));
+#endif
+
+// Lane by lane the larger (smaller) of the two; `b` where either is NaN.
+template <bool kSmaller = false>
+ML_INLINE f32x16 larger(f32x16 a, f32x16 b) {
+  constexpr int kRegisters = sizeof(f32x16) / sizeof(Register);
+  Register a_parts[kRegisters], b_parts[kRegisters];
+  __builtin_memcpy(a_parts, &a, sizeof(a));
+  __builtin_memcpy(b_parts, &b, sizeof(b));
+  for (int i = 0; i < kRegisters; ++i)
+    b_parts[i] = (kSmaller ? a_parts[i] < b_parts[i] : a_parts[i] > b_parts[i]) ? a_parts[i] : b_parts[i];
+  __builtin_memcpy(&b, b_parts, sizeof(b));
+  return b;
+}
+ML_INLINE f32x16 smaller(f32x16 a, f32x16 b) { return larger<true>(a, b); }
+
+// e^x to about one unit in the last place. Above 88.4 it is infinity, below -87 it stays at e^-87: the results between
 // are normal numbers. NaN stays NaN.
 // Cody and Waite's reduction x = n ln 2 + r, then a polynomial in r (the coefficients of the Cephes library's expf).
 ML_INLINE f32x16 exp(f32x16 x) {
-  const i32x16 is_large = x > splat(88.3f);
-  x = splat(-87.0f) > x ? splat(-87.0f) : x;
+  x = smaller(splat(89.0f), larger(splat(-87.0f), x));  // at 89, n is 128: the exponent of infinity
   const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
   const f32x16 shifted = x * splat(1.44269504f) + shift;
   const f32x16 n = shifted - shift;
@@ -113,7 +151,7 @@ ML_INLINE f32x16 exp(f32x16 x) {
   p = p * r + splat(5.0000001201e-1f);
   p = (p * r) * r + r + splat(1.0f);
   const u32x16 exponent = ((u32x16)shifted - (u32x16)shift + 127u) << 23;
-  return is_large ? splat(__builtin_inff()) : p * (f32x16)exponent;
+  return p * (f32x16)exponent;
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ import typer
 
 from megatron_lite.cli.convert import convert
 from megatron_lite.cli.data import data
+from megatron_lite.cli.doctor import doctor
 from megatron_lite.cli.eval import evaluate
 from megatron_lite.cli.generate import generate
 from megatron_lite.cli.report import report
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help.
-for command in (train, verify, data, convert, generate, report):
+for command in (train, verify, data, convert, generate, report, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -26,9 +27,12 @@ def default_ffn_hidden_size(family: str, hidden_size: int) -> int:
 class RopeScaling(Section):
     """How rotary frequencies are changed so that a model reaches beyond the context it was first trained on."""
 
-    type: Literal["linear", "llama3"] = Field(
+    type: Literal["linear", "ntk", "yarn", "llama3"] = Field(
         description="linear: every frequency is divided by `factor` (Chen et al. 2023, arXiv:2306.15595); "
-        "llama3: only the low frequencies are, with a smooth ramp between (Llama 3.1)"
+        "ntk: rope_theta is multiplied by factor^(d / (d - 2)), d being head_dim, which divides the lowest frequency "
+        "by `factor` and keeps the highest; yarn: the low frequencies are divided, the high ones kept, with a ramp "
+        "between, and cosines and sines are multiplied by `attention_factor` (Peng et al. 2023, arXiv:2309.00071); "
+        "llama3: the low frequencies are divided, with a smooth ramp in the frequency (Llama 3.1)"
     )
     factor: float = Field(gt=0, description="divisor of the rotary frequencies (ratio of new to old context)")
     low_freq_factor: float = Field(
@@ -42,7 +46,23 @@ class RopeScaling(Section):
         description="llama3: wavelengths below original_max_seq_len / high_freq_factor (tokens) are left alone",
     )
     original_max_seq_len: int = Field(
-        default=8192, ge=1, description="llama3: context of the model before scaling, tokens"
+        default=8192, ge=1, description="llama3 and yarn: context of the model before scaling, tokens"
+    )
+    beta_fast: float = Field(
+        default=32.0,
+        gt=0,
+        description="yarn: frequencies that turn more often than this within original_max_seq_len are left alone",
+    )
+    beta_slow: float = Field(
+        default=1.0,
+        gt=0,
+        description="yarn: frequencies that turn less often than this within original_max_seq_len are fully scaled",
+    )
+    attention_factor: float = derived(
+        "0.1 * ln(factor) + 1, and 1 for a factor below 1",
+        lambda data: 0.1 * math.log(max(1.0, data["factor"])) + 1,
+        gt=0,
+        description="yarn: factor of cosines and sines; scores of attention grow by its square",
     )
 
 
@@ -76,6 +96,12 @@ class ModelConfig(Section):
         lambda data: default_ffn_hidden_size(data["family"], data["hidden_size"]),
         ge=1,
         description="inner width of the feed-forward block, elements",
+    )
+    activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_erf"] = derived(
+        "gpt2: gelu; the others: swiglu",
+        lambda data: "gelu" if data["family"] == "gpt2" else "swiglu",
+        description="function inside the feed-forward block; swiglu, geglu (tanh approximation), reglu: gated, for all "
+        "families but gpt2, which has gelu (tanh approximation) or gelu_erf",
     )
     max_seq_len: int = Field(ge=1, description="longest sequence the model takes, tokens")
     rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies; not in gpt2")

@@ -68,6 +68,23 @@ def rope_scaling_fits(v: Values) -> Iterator[Problem]:
         legal = [min(1.0, scaling.high_freq_factor / 2)]
         low = f"{key}.low_freq_factor"
         yield Problem(low, scaling.low_freq_factor, rule, "", fixes(low, legal))
+    elif scaling.type == "yarn" and scaling.beta_slow >= scaling.beta_fast:
+        rule = f"must be less than {key}.beta_fast = {scaling.beta_fast}"
+        slow = f"{key}.beta_slow"
+        yield Problem(slow, scaling.beta_slow, rule, "", fixes(slow, [min(1.0, scaling.beta_fast / 2)]))
+    elif scaling.type in ("yarn", "ntk") and v["model.rope_theta"] <= 1:
+        rule = f"must be more than 1, the base of powers from which {scaling.type} works"
+        yield Problem("model.rope_theta", v["model.rope_theta"], rule, "", fixes("model.rope_theta", [10000.0]))
+
+
+def activation_fits(v: Values) -> Iterator[Problem]:
+    family, key = v["model.family"], "model.activation"
+    legal = ["gelu", "gelu_erf"] if family == "gpt2" else ["swiglu", "geglu", "reglu"]
+    if v[key] not in legal:
+        rule = f"must be {' or '.join(legal)} for {family}, whose feed-forward block has " + (
+            "one projection upwards" if family == "gpt2" else "a gate"
+        )
+        yield Problem(key, v[key], rule, "", fixes(key, legal))
 
 
 def sliding_window_fits(v: Values) -> Iterator[Problem]:
@@ -91,5 +108,6 @@ RULES: tuple[Rule, ...] = (
     head_dim_is_even,
     kv_heads_divide_heads,
     rope_scaling_fits,
+    activation_fits,
     sliding_window_fits,
 )

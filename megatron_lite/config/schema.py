@@ -80,6 +80,19 @@ class TrainConfig(Section):
         default="fp32",
         description="arithmetic; bf16 computes in bfloat16 with fp32 master weights and fp32 gradient accumulation",
     )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of each target that is spread evenly over the vocabulary (arXiv:1512.00567); the loss that "
+        "training reports includes its effect, that of an evaluation does not",
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="coefficient of each token's squared log-sum-exp of the logits (arXiv:2204.02311 takes 1e-4); "
+        "the loss that training reports includes it, that of an evaluation does not",
+    )
     eval_interval: int = Field(
         default=0, ge=0, description="optimizer steps between evaluations on data.valid; 0: only after the last step"
     )

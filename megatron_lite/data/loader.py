@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_lite.data.dataset import SampleRows, Samples
 from megatron_lite.data.order import Order, batch_indices
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_lite.distributed import collectives
 from megatron_lite.inference.windows import GROUP, Window, group_microbatches
 from megatron_lite.models.transformer import LossHead
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.pipeline.runner import PipelineRunner
 from megatron_lite.pipeline.schedules import forward_only
 from megatron_lite.tensor_parallel.vocab import VocabParallelLossHead

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_lite.data import Microbatch
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 
 # Microbatches that enter a pipeline together. It does not depend on the layout, and so neither do their shapes.
 GROUP = 16

@@ -15,16 +15,16 @@ class Family:
 
     norm: str  # 'rms_norm' or 'layer_norm'
     positions: str  # 'rotary' or 'learned'
-    activation: str  # 'swiglu' or 'gelu'
+    is_gated: bool  # whether the feed-forward block has a gate; config.activation says with which function
     biases: bool  # of the projections other than q, k and v, which go by `qkv_bias`
     qkv_bias: bool
 
 
 FAMILIES = {
-    "llama": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=False),
-    "mistral": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=False),
-    "qwen2": Family(norm="rms_norm", positions="rotary", activation="swiglu", biases=False, qkv_bias=True),
-    "gpt2": Family(norm="layer_norm", positions="learned", activation="gelu", biases=True, qkv_bias=True),
+    "llama": Family(norm="rms_norm", positions="rotary", is_gated=True, biases=False, qkv_bias=False),
+    "mistral": Family(norm="rms_norm", positions="rotary", is_gated=True, biases=False, qkv_bias=False),
+    "qwen2": Family(norm="rms_norm", positions="rotary", is_gated=True, biases=False, qkv_bias=True),
+    "gpt2": Family(norm="layer_norm", positions="learned", is_gated=False, biases=True, qkv_bias=True),
 }
 
 
@@ -65,7 +65,7 @@ def parameter_table(config: ModelConfig) -> ParameterTable:
 def _layer(config: ModelConfig, family: Family, prefix: str) -> list[ParameterSpec]:
     hidden, ffn, head_dim = config.hidden_size, config.ffn_hidden_size, config.head_dim
     query, key = Block(config.num_heads, head_dim), Block(config.num_kv_heads, head_dim)
-    up = (Block(ffn), Block(ffn)) if family.activation == "swiglu" else (Block(ffn),)
+    up = (Block(ffn), Block(ffn)) if family.is_gated else (Block(ffn),)
     # Projections back into the residual stream start smaller, so that its variance does not grow with depth
     # (GPT-2, Radford et al. 2019, section 2.3).
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)

@@ -7,8 +7,9 @@ sequence begins, everything else acts on tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,11 @@ from megatron_lite.models.families import FAMILIES, Family
 from megatron_lite.models.positions import rotary_angles
 from megatron_lite.ops.attention import attention
 from megatron_lite.ops.gelu import gelu
-from megatron_lite.ops.layer_norm import layer_norm
+from megatron_lite.ops.layer_norm import add_layer_norm, layer_norm
 from megatron_lite.ops.linear import linear
 from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
-from megatron_lite.ops.rms_norm import rms_norm
-from megatron_lite.ops.rotary import rotary
+from megatron_lite.ops.rms_norm import add_rms_norm, rms_norm
+from megatron_lite.ops.rotary import rotary_projections
 from megatron_lite.ops.split_projections import split_projections
 from megatron_lite.ops.swiglu import swiglu
 
@@ -69,7 +70,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.hidden_size)) if is_layer_norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; or, given a residual, ``x + residual`` and its norm, in one pass over memory."""
+        if residual is not None and self.bias is not None:
+            return add_layer_norm(x, residual, self.weight, self.bias, self.eps, backend=self.backend)
+        if residual is not None:
+            return add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
         if self.bias is not None:
             return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
         return rms_norm(x, self.weight, self.eps, backend=self.backend)
@@ -116,9 +122,13 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
         lead = (sequences.batch_size, sequences.seq_len)
         shapes = [(*lead, size // self.head_dim, self.head_dim) for size in self.qkv.split_sizes]
-        q_BSND, k_BSKD, v_BSKD = split_projections(self.qkv(x_TH), shapes)
-        if sequences.rotary is not None:
-            q_BSND, k_BSKD = rotary(q_BSND, k_BSKD, *sequences.rotary, backend=self.kernels.rotary)
+        qkv = self.qkv(x_TH)
+        if sequences.rotary is None:
+            q_BSND, k_BSKD, v_BSKD = split_projections(qkv, shapes)
+        else:
+            q_BSND, k_BSKD, v_BSKD = rotary_projections(
+                qkv, shapes, *sequences.rotary, inplace=True, backend=self.kernels.rotary
+            )
         past, lengths = sequences.past, None
         if past is not None:
             (k_BSKD, v_BSKD), lengths = past.extend(self.layer, k_BSKD, v_BSKD), past.lengths
@@ -135,19 +145,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020) on a fused gate and up projection, or GELU."""
+    """SwiGLU or its like (Shazeer 2020) on a fused gate and up projection, or GELU."""
 
     def __init__(self, config: ModelConfig, family: Family, kernels: KernelsConfig) -> None:
         super().__init__()
         ffn = config.ffn_hidden_size
-        self.is_gated = family.activation == "swiglu"
-        self.backend = kernels.swiglu if self.is_gated else kernels.gelu
-        self.up = Linear(config.hidden_size, (ffn, ffn) if self.is_gated else (ffn,), bias=family.biases)
+        self.activate = activation_of(config.activation, kernels)
+        self.up = Linear(config.hidden_size, (ffn, ffn) if family.is_gated else (ffn,), bias=family.biases)
         self.down = Linear(ffn, (config.hidden_size,), bias=family.biases)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        activation = swiglu if self.is_gated else gelu
-        return self.down(activation(self.up(x_TH), backend=self.backend))
+        return self.down(self.activate(self.up(x_TH)))
+
+
+def activation_of(name: str, kernels: KernelsConfig) -> Callable[[Tensor], Tensor]:
+    """What the config calls `name`: from gate and up ``[T, 2F]``, or from ``[T, F]`` where nothing is gated."""
+    gates = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+    if name in gates:
+        return partial(swiglu, activation=gates[name], backend=kernels.swiglu)
+    return partial(gelu, approximate="none" if name == "gelu_erf" else "tanh", backend=kernels.gelu)
 
 
 class Block(nn.Module):
@@ -161,12 +177,15 @@ class Block(nn.Module):
         self.mlp = MLP(config, family, kernels)
 
     def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), sequences)
-        return x_TH + self.mlp(self.mlp_norm(x_TH))
+        x_TH, normed_TH = self.mlp_norm(x_TH, self.attention(self.attention_norm(x_TH), sequences))
+        return x_TH + self.mlp(normed_TH)
 
 
 class LossHead(nn.Module):
     """Activations to logits, and to the sum of the token losses without ever holding all logits.
+
+    Where gradients are wanted the losses include label smoothing and z-loss, as they are set. Under `torch.no_grad`,
+    that is in an evaluation, they are the plain cross-entropy, the negative log-likelihood of the targets.
 
     Its weight is a parameter of its own also where it is tied to the embedding: the two uses of a tied table gather
     their gradients apart, on whatever stages they are, and these are added once.
@@ -176,11 +195,18 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.saves_gradients, self.backend = True, "auto"
+        self.label_smoothing, self.z_loss = 0.0, 0.0
 
     def forward(self, x_TH: Tensor, targets_BS: Tensor) -> Tensor:
-        targets_T = targets_BS.flatten()
+        is_training = torch.is_grad_enabled()
         return linear_cross_entropy(
-            x_TH, self.weight, targets_T, saves_gradients=self.saves_gradients, backend=self.backend
+            x_TH,
+            self.weight,
+            targets_BS.flatten(),
+            saves_gradients=self.saves_gradients,
+            label_smoothing=self.label_smoothing if is_training else 0.0,
+            z_loss=self.z_loss if is_training else 0.0,
+            backend=self.backend,
         )
 
     def logits(self, x_TH: Tensor) -> Tensor:

@@ -1,23 +1,61 @@
-"""Causal grouped-query attention with documents, a sliding window and cached keys (arXiv:1706.03762, equation 1).
+"""Grouped-query attention with documents, a sliding window, ALiBi and cached keys (arXiv:1706.03762, equation 1).
 
-Grouped heads: arXiv:2305.13245. Sliding window: arXiv:2004.05150, section 3.1, and arXiv:2310.06825, section 2.
+Grouped heads: arXiv:2305.13245. Sliding window: arXiv:2004.05150, section 3.1, and arXiv:2310.06825, section 2. ALiBi:
+arXiv:2108.12409, section 3. The kernels are flash attention (arXiv:2205.14135, arXiv:2307.08691): memory grows with S,
+not with its square; attention_kernels.py has their equations.
 
 The queries are the last Sq of Sk positions: all of them in training, the new tokens where the keys before them come
-from a cache. A mask is made only where a causal kernel does not suffice.
+from a cache. The kernels know what a query sees as a range of keys, so documents and lengths make no mask.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops import dispatch
+from megatron_lite.ops import attention_kernels, checks, dispatch
+from megatron_lite.ops.attention_sdpa import attention_sdpa, visible
 
-# Queries that share one mask where a window makes one necessary: a mask of all S x S positions grows with the square.
-WINDOW_CHUNK = 1024
+# Fewer queries than this are the business of torch's kernel on a CPU: ours lays all keys out anew for each call.
+FEW_QUERIES = 8
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -28,108 +66,91 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     lengths: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
     backend: str = "auto",
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q[B, Sq, H, D] and k, v[B, Sk, Hk, D]; returns [B, Sq, H, D] in q's dtype.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v for q[B, Sq, H, D] and k, v[B, Sk, Hk, D]; returns [B, Sq, H, D] in q's dtype.
 
-    H is a multiple of Hk: query head h reads key head h // (H / Hk). Query i stands at position Sk - Sq + i. What it
-    sees: with `causal` no key after itself; with `window` (causal only) only the last `window` keys, itself included;
-    with `documents` int[B, Sk], the document of each position, only keys of its own. `lengths` int[B] are the keys of
-    each row where rows have fewer than Sk: query i of row b then stands at position lengths[b] - Sq + i, and what lies
-    behind is not looked at (causal only, lengths >= Sq, without documents). `backend` is one of auto, reference, sdpa;
-    one that cannot run raises ValueError.
+    fp32, bf16, fp16 and fp64, any strides; scores, softmax and sums are fp32 (fp64 for fp64). H is a multiple of Hk:
+    query head h reads key head h // (H / Hk). Query i stands at position p = Sk - Sq + i. What it sees: with `causal`
+    no key after itself; with `window` (causal only) only the last `window` keys, itself included; with `documents`
+    int[B, Sk] (Sq <= Sk), the document of each position, only keys of its own. `lengths` int[B] are the keys of each
+    row where rows have fewer than Sk: query i of row b then stands at position lengths[b] - Sq + i, and what lies
+    behind is not looked at (causal only, lengths >= Sq, without documents). A query that sees nothing gets zeros.
+
+    `scale` is 1 / sqrt(D) when None. `slopes` fp32[H] (ALiBi) takes slope_h |p - j| from the score of key j; they get
+    no gradient. With `return_lse` the result is (out, lse): lse fp32[B, H, Sq] (fp64 for fp64), the natural logarithm
+    of the sum of the exponentials of a query's scores, -inf where it sees nothing; gradients flow through both (without
+    `lengths`). `deterministic` is about the backward on CUDA, which may add in any order without it. `backend` is one
+    of auto, reference, cpu, triton, cuda, sdpa; sdpa has neither slopes nor lse.
+
+    Raises ValueError for arguments of other dtypes, shapes or devices, and for a backend that cannot run.
     """
-    assert q.dim() == k.dim() == 4 and k.shape == v.shape, f"{tuple(q.shape)} {tuple(k.shape)} {tuple(v.shape)}"
-    assert q.shape[2] % k.shape[2] == 0, f"{q.shape[2]} query heads over {k.shape[2]} key heads"
-    assert q.shape[1] <= k.shape[1], f"{q.shape[1]} queries are the last ones of {k.shape[1]} keys"
-    assert documents is None or documents.shape == k.shape[:2], "documents is [B, Sk]"
-    assert causal or (window is None and lengths is None), "a window and lengths count keys up to the query"
-    assert lengths is None or documents is None, "rows of different lengths are one document each"
-    choice = dispatch.select("attention", backend, q.dtype, q.device.type)
-    if choice.backend == "reference":
-        return attention_reference(q, k, v, documents, causal, window, lengths)
-    return _attention_sdpa(q, k, v, documents, causal, window, lengths)
+    _check(q, k, v, documents, causal, window, lengths, slopes, scale, return_lse)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = _choose(q, k, backend, has_extras=slopes is not None or return_lse)
+    if chosen == "sdpa":
+        return attention_sdpa(q, k, v, documents, causal, window, lengths, scale)
+    bounds = None
+    if chosen != "reference" and documents is not None:
+        bounds = attention_kernels.document_bounds(documents)
+        if bounds is None:  # no range describes what a query sees
+            return _in_pieces(q, k, v, documents, causal, window, slopes, scale, return_lse, backend)
+        bounds = bounds[:, k.shape[1] - q.shape[1] :]
+    if chosen == "reference":
+        out, lse = attention_lse_reference(q, k, v, documents, causal, window, lengths, slopes, scale)
+    elif lengths is not None:
+        bounds = _bounds_of_lengths(lengths, q.shape[1], window)
+        out, lse = attention_kernels.forward(chosen, q, k, v, bounds, slopes, scale, False, 0, deterministic)
+    else:
+        mask = (bounds, slopes, scale, causal, window or 0)
+        out, lse = attention_kernels.forward(chosen, q, k, v, *mask, deterministic)
+    return (out, lse) if return_lse else out
 
 
-def visible(
-    documents: Tensor | None,
-    causal: bool,
-    num_queries: int,
-    num_keys: int,
-    device: torch.device,
-    window: int | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor | None:
-    """bool [B, 1, Sq, Sk] or [Sq, Sk]: may query i (third dimension) see key j (last)? None when all may see all."""
-    mask = None
-    if causal:
-        keys = torch.arange(num_keys, device=device)
-        queries = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        if lengths is not None:
-            queries = queries + (lengths - num_keys)[:, None, None, None]
-        mask = keys <= queries
-        if window is not None:
-            mask &= keys > queries - window
-    if documents is not None:
-        same = documents[:, None, num_keys - num_queries :, None] == documents[:, None, None, :]
-        mask = same if mask is None else same & mask
-    return mask
+def _choose(q: Tensor, k: Tensor, backend: str, *, has_extras: bool) -> str:
+    """The backend that runs. `has_extras`: slopes or the log-sum-exp, which torch's kernels do not have."""
+    if has_extras and backend == "sdpa":
+        raise ValueError("attention: backend is sdpa; slopes and return_lse take auto, cpu, triton, cuda or reference")
+    chosen = dispatch.select("attention", backend, q.dtype, q.device.type).backend
+    if min(q.numel(), k.numel()) == 0:
+        return "reference"
+    if has_extras:
+        chosen = dispatch.select("attention_lse", backend, q.dtype, q.device.type).backend
+    is_short = backend == "auto" and chosen == "cpu" and q.shape[1] < FEW_QUERIES
+    return "sdpa" if is_short and not has_extras else chosen
 
 
-def _attention_sdpa(
+def _in_pieces(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    documents: Tensor | None,
+    documents: Tensor,
     causal: bool,
     window: int | None,
-    lengths: Tensor | None,
-) -> Tensor:
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    if window is not None and window >= num_keys:
-        window = None
-    if num_queries == 1 and lengths is None and documents is None:
-        if window is not None:
-            k, v = k[:, -window:], v[:, -window:]
-        return _sdpa(q, k, v, None, is_causal=False)
-    if window is not None and lengths is None and num_queries > 1:
-        return _attention_in_chunks(q, k, v, documents, window)
-    if documents is None and lengths is None and (not causal or num_queries == num_keys):
-        return _sdpa(q, k, v, None, is_causal=causal)
-    return _sdpa(q, k, v, visible(documents, causal, num_queries, num_keys, q.device, window, lengths), is_causal=False)
+    slopes: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` where a document comes in several pieces: by a mask."""
+    if backend != "auto":
+        takes = "documents that are one run each; backend auto, sdpa or reference takes any"
+        raise ValueError(f"attention: documents has a document in several pieces; backend {backend} takes {takes}")
+    if slopes is None and not return_lse:
+        return attention_sdpa(q, k, v, documents, causal, window, None, scale)
+    out, lse = attention_lse_reference(q, k, v, documents, causal, window, None, slopes, scale)
+    return (out, lse) if return_lse else out
 
 
-def _attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int) -> Tensor:
-    """Causal attention with a window, chunk by chunk of queries, each with the keys that one of them sees."""
-    past, outputs = k.shape[1] - q.shape[1], []
-    for start in range(0, q.shape[1], WINDOW_CHUNK):
-        stop = min(start + WINDOW_CHUNK, q.shape[1])
-        keys = slice(max(0, past + start + 1 - window), past + stop)
-        own = None if documents is None else documents[:, keys]
-        mask = visible(own, True, stop - start, keys.stop - keys.start, q.device, window)
-        outputs.append(_sdpa(q[:, start:stop], k[:, keys], v[:, keys], mask, is_causal=False))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tensor:
-    """torch's fused attention of q[B, Sq, H, D] over k, v[B, Sk, Hk, D], by its own choice of kernel."""
-    batch, num_queries, heads, dim = q.shape
-    if num_queries == 1:  # the query heads of a group are as many queries of one head, and no key is repeated for them
-        grouped = q.view(batch, k.shape[2], heads // k.shape[2], dim)
-        out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-        return out.reshape(batch, 1, heads, dim)
-    if mask is not None and q.is_cuda and heads != k.shape[2]:
-        # With a mask and grouped heads CUDA has only a kernel that holds all S x S scores; repeated heads have another.
-        k, v = (t.repeat_interleave(heads // k.shape[2], dim=2) for t in (k, v))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=heads != k.shape[2],
-    )
-    return out.transpose(1, 2)
+def _bounds_of_lengths(lengths: Tensor, num_queries: int, window: int | None) -> Tensor:
+    """int32 [B, Sq, 2]: the keys that each of the last queries of rows of these lengths sees."""
+    last = (lengths - num_queries)[:, None] + torch.arange(1, num_queries + 1, device=lengths.device)
+    first = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
+    return torch.stack((first, last), dim=-1).to(torch.int32)
 
 
 def attention_reference(
@@ -140,15 +161,87 @@ def attention_reference(
     causal: bool = True,
     window: int | None = None,
     lengths: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The specification of `attention`, in plain torch; scores and softmax in fp32 (fp64 for fp64)."""
+    return attention_lse_reference(q, k, v, documents, causal, window, lengths, slopes, scale)[0]
+
+
+def attention_lse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    lengths: Tensor | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The specification of `attention` with `return_lse`, in plain torch."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[2] // k.shape[2]
+    num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q_BHSD = q.to(wide).transpose(1, 2)
     k_BHSD = k.to(wide).transpose(1, 2).repeat_interleave(group, dim=1)
     v_BHSD = v.to(wide).transpose(1, 2).repeat_interleave(group, dim=1)
-    scores = q_BHSD @ k_BHSD.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    mask = visible(documents, causal, q.shape[1], k.shape[1], q.device, window, lengths)
+    scores = q_BHSD @ k_BHSD.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if slopes is not None:
+        queries = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+        if lengths is not None:
+            queries = queries + (lengths - num_keys)[:, None, None, None]
+        distance = (queries - torch.arange(num_keys, device=q.device)).abs()
+        scores = scores - slopes.to(wide)[:, None, None] * distance
+    mask = visible(documents, causal, num_queries, num_keys, q.device, window, lengths)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(dim=-1) @ v_BHSD).transpose(1, 2).to(q.dtype)
+    lse = scores.logsumexp(dim=-1)
+    # A query that sees nothing has weights e^(-inf - 0) = 0; its true -inf would make them NaN.
+    weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
+    return (weights @ v_BHSD).transpose(1, 2).to(q.dtype), lse
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor | None,
+    causal: bool,
+    window: int | None,
+    lengths: Tensor | None,
+    slopes: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> None:
+    op = "attention"
+    checks.require_float(op, "q", q)
+    checks.require(q.dim() == 4 and q.shape[3] > 0, op, "q", q, "[B, Sq, H, D]")
+    batch, num_queries, heads, dim = q.shape
+    takes = f"[B, Sk, Hk, D] = [{batch}, Sk, Hk, {dim}], as q has it"
+    checks.require(k.dim() == 4 and (k.shape[0], k.shape[3]) == (batch, dim), op, "k", k, takes)
+    num_keys, kv_heads = k.shape[1], k.shape[2]
+    checks.require(kv_heads > 0 and heads % kv_heads == 0, op, "k", k, f"heads that divide q's {heads}")
+    checks.require_shape(op, "v", v, tuple(k.shape), "k's shape")
+    checks.require_alike(op, "q", q, k=k, v=v)
+    checks.require_device(op, "q", q, documents=documents, lengths=lengths, slopes=slopes)
+    is_count = window is None or (isinstance(window, int) and causal and window > 0)
+    checks.require(is_count, op, "window", window, "a number of keys up to the query: positive, and causal")
+    checks.require(scale is None or 0 < scale < math.inf, op, "scale", scale, "a positive number")
+    if documents is not None:
+        takes = f"int [B, Sk] = [{batch}, {num_keys}]"
+        is_right = documents.shape == (batch, num_keys) and _holds_integers(documents)
+        checks.require(is_right, op, "documents", documents, takes)
+        checks.require(num_queries <= num_keys, op, "q", q, f"at most {num_keys} queries, the last ones of documents")
+    if lengths is not None:
+        is_right = lengths.shape == (batch,) and _holds_integers(lengths)
+        checks.require(is_right, op, "lengths", lengths, f"int [B] = [{batch}]")
+        alone = causal and documents is None and not return_lse
+        checks.require(alone, op, "lengths", lengths, "causal attention without documents and return_lse")
+    if slopes is not None:
+        is_right = slopes.shape == (heads,) and slopes.dtype == torch.float32
+        checks.require(is_right, op, "slopes", slopes, f"fp32 [H] = [{heads}]")
+        checks.require(not slopes.requires_grad, op, "slopes", "one that asks for a gradient", "none: detach it")
+
+
+def _holds_integers(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

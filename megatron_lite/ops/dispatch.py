@@ -18,18 +18,23 @@ from megatron_lite.ops import native
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _ALL_FLOATS = _FLOATS | {torch.float64}
+_FP32 = frozenset({torch.float32})
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op. `missing` says why it cannot run on this machine, with the remedy, or None."""
+    """One implementation of an op. `missing` says why it cannot run on this machine, with the remedy, or None.
+
+    `is_extra`: somebody else's, which most do without; `auto` passes over it in silence.
+    """
 
     name: str
     dtypes: frozenset[torch.dtype]
     devices: frozenset[str] | None  # device types; None: any
     missing: Callable[[], str | None]
+    is_extra: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,27 +49,42 @@ def _always() -> str | None:
     return None
 
 
-_CPU, _CUDA = frozenset({"cpu"}), frozenset({"cuda"})
+_CPU, _GPU = frozenset({"cpu"}), frozenset({"cuda"})
 _NATIVE_CPU = Backend("cpu", _FLOATS, _CPU, native.missing_cpu)
+_CUDA = Backend("cuda", _FLOATS, _GPU, native.missing_cuda)
+_CUDA_HALVES = Backend("cuda", frozenset({torch.bfloat16, torch.float16}), _GPU, native.missing_cuda)
+_TRITON = Backend("triton", _FLOATS, _GPU, native.missing_triton)
+_APEX = Backend("apex", _FLOATS, _GPU, native.missing_apex_norms, is_extra=True)
 _TORCH = Backend("torch", _ALL_FLOATS, None, _always)
 _REFERENCE = Backend("reference", _ALL_FLOATS, None, _always)
 
+# On the CPU as measured (docs/performance.md). No GPU has been measured: there PyTorch's kernel comes first where it is
+# fused, and ours where it is not.
 BACKENDS: Mapping[str, tuple[Backend, ...]] = {
-    "rms_norm": (
-        Backend("cuda", _FLOATS, _CUDA, native.missing_cuda),
-        Backend("triton", _FLOATS, _CUDA, native.missing_triton),
-        _NATIVE_CPU,
+    "rms_norm": (_CUDA, _TRITON, _APEX, _NATIVE_CPU, _REFERENCE),
+    "layer_norm": (_NATIVE_CPU, _TORCH, _CUDA, _TRITON, _APEX, _REFERENCE),
+    "rotary": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
+    "swiglu": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
+    "gelu": (_NATIVE_CPU, _TORCH, _CUDA, _TRITON, _REFERENCE),
+    "attention": (_NATIVE_CPU, Backend("sdpa", _ALL_FLOATS, None, _always), _TRITON, _CUDA_HALVES, _REFERENCE),
+    # With slopes or the log-sum-exp, which torch's kernels do not have.
+    "attention_lse": (_NATIVE_CPU, _TRITON, _CUDA_HALVES, _REFERENCE),
+    "cross_entropy": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
+    # On CUDA by what is moved: ours reads and writes 30 bytes an element (fp32, to bf16 parameters); PyTorch's and
+    # apex's need a pass for the clip factor and one for the parameters, 42 bytes.
+    "adamw": (
+        Backend("cuda", _FP32, _GPU, native.missing_cuda),
+        Backend("triton", _FP32, _GPU, native.missing_triton),
+        Backend("cpu", _FP32, _CPU, native.missing_cpu),
+        _TORCH,
+        Backend("apex", _FP32, _GPU, native.missing_apex_adam, is_extra=True),
         _REFERENCE,
     ),
-    "attention": (Backend("sdpa", _ALL_FLOATS, None, _always), _REFERENCE),
-    "layer_norm": (_TORCH, _REFERENCE),
-    "rotary": (_NATIVE_CPU, _REFERENCE),
-    "swiglu": (_NATIVE_CPU, _REFERENCE),
-    "gelu": (_TORCH, _REFERENCE),
-    "cross_entropy": (_REFERENCE,),
-    "adamw": (_TORCH, _REFERENCE),
+    # On CUDA PyTorch's own addition takes both dtypes in one pass: there is nothing to gain.
     "accumulate": (_NATIVE_CPU, _REFERENCE),
-    "block_squares": (Backend("cpu", frozenset({torch.float32}), _CPU, native.missing_cpu), _REFERENCE),
+    "block_squares": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
+    # On CUDA the reference: it sums one number of 256, and never waits for the device.
+    "exact_sum": (Backend("cpu", frozenset({torch.float64}), _CPU, native.missing_cpu), _REFERENCE),
 }
 
 
@@ -97,16 +117,28 @@ def _select(op: str, requested: str, dtype: torch.dtype, device: str) -> Choice:
     candidates = BACKENDS[op]
     if requested != "auto":
         return _by_name(op, requested, dtype, device)
+    choice = _fastest(op, dtype, device)
+    for backend in candidates[: [backend.name for backend in candidates].index(choice.backend)]:
+        # Covering the device and dtype and yet missing is what a user would want to know; the rest is by design.
+        covers = (backend.devices is None or device in backend.devices) and dtype in backend.dtypes
+        if covers and not backend.is_extra:
+            _log_fallback(op, backend.name, str(_obstacle(backend, dtype, device)))
+    return choice
+
+
+def first_reason(device: str) -> str:
+    """Why the first row of an op's table is the first."""
+    return "the fastest as measured" if device == "cpu" else f"the first choice for {device}, not yet measured"
+
+
+def _fastest(op: str, dtype: torch.dtype, device: str) -> Choice:
+    """What `auto` stands for."""
     passed_over: list[str] = []
-    for backend in candidates:
+    for backend in BACKENDS[op]:
         obstacle = _obstacle(backend, dtype, device)
         if obstacle is None:
-            reason = "; ".join(passed_over) or "the fastest as measured"
-            return Choice(backend.name, reason)
+            return Choice(backend.name, "; ".join(passed_over) or first_reason(device))
         passed_over.append(f"not {backend.name}: {obstacle}")
-        # Covering the device and dtype and yet missing is what a user would want to know; the rest is by design.
-        if (backend.devices is None or device in backend.devices) and dtype in backend.dtypes:
-            _log_fallback(op, backend.name, obstacle)
     raise AssertionError(f"{op}: no backend takes {dtype} on {device}")
 
 
@@ -141,13 +173,13 @@ class Explanation:
 
 
 def explain(op: str, dtype: torch.dtype, device: str) -> Explanation:
-    """What `auto` runs for `op`, `dtype` and `device`, and why each other backend would not run."""
+    """What `auto` runs for `op`, `dtype` and `device`, and why each other backend would not run. Logs nothing."""
     obstacles = {backend.name: _obstacle(backend, dtype, device) for backend in BACKENDS[op]}
-    return Explanation(
-        op, dtype, device, select(op, "auto", dtype, device), {name: why for name, why in obstacles.items() if why}
-    )
+    reasons = {name: why for name, why in obstacles.items() if why}
+    return Explanation(op, dtype, device, _fastest(op, dtype, device), reasons)
 
 
-def table(device: str = "cpu") -> list[Explanation]:
-    """`explain` for every op and for fp32, bf16 and fp64, for a listing."""
-    return [explain(op, dtype, device) for op in BACKENDS for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+def table(device: str) -> list[Explanation]:
+    """`explain` for every op and float dtype on devices of this type, for a listing."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return [explain(op, dtype, device) for op in BACKENDS for dtype in dtypes]

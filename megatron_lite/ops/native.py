@@ -19,7 +19,12 @@ import torch
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_REPORT = Path(__file__).with_name("_native_build.json")
 
+# By the numbers of csrc/common/instruction_set.h.
+_INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512", "AVX-512 with bf16 products")
+
 _REBUILD = "then reinstall with `pip install -e . --no-build-isolation`"
+
+_FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 _OPERATORS = torch.library.Library("megatron_lite", "FRAGMENT")  # registrations last as long as this object
 
@@ -50,6 +55,14 @@ def define_operator(
     )
 
 
+def define_in_place_operator(schema: str, dispatch_key: str, kernel: Callable[..., None]) -> None:
+    """Defines megatron_lite::<schema>, which writes to arguments of its own, returns nothing and has no gradient."""
+    name = schema.partition("(")[0]
+    _OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPERATORS.impl(name, kernel, dispatch_key)
+    torch.library.register_fake(f"megatron_lite::{name}", lambda *arguments: None, lib=_OPERATORS)
+
+
 @functools.cache
 def build_report() -> dict[str, str | None]:
     """What setup.py wrote down: 'cpu', 'cuda' and 'index' with None, or why the part is missing; empty if unbuilt."""
@@ -58,10 +71,15 @@ def build_report() -> dict[str, str | None]:
     return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
 
 
+def is_traced() -> bool:
+    """Whether tensors have shapes and no numbers to look at: under torch.compile, or in FakeTensorMode."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE_MODE) is not None
+
+
 def runs_bare() -> bool:
     """Whether a kernel may be called without the operator around it, which costs a small tensor more than the kernel:
     nobody asks for a gradient, and nobody traces."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return not (torch.is_grad_enabled() or is_traced())
 
 
 @functools.cache
@@ -74,6 +92,8 @@ def missing_cpu() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load ({error}); it was built for another torch: {_REBUILD}"
+    if not hasattr(torch.ops.megatron_lite_cpu, "instruction_set"):
+        return f"the native library was built from older sources; {_REBUILD.removeprefix('then ')}"
     return None
 
 
@@ -96,6 +116,36 @@ def missing_triton() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); `pip install triton`"
     return _missing_gpu()
+
+
+@functools.cache
+def missing_apex_norms() -> str | None:
+    """As `missing_cpu`, for the fused norms of NVIDIA's apex, an extension that an install of apex may lack."""
+    return _missing_apex("fused_layer_norm_cuda")
+
+
+@functools.cache
+def missing_apex_adam() -> str | None:
+    """As `missing_cpu`, for apex's Adam, which is another of its extensions."""
+    return _missing_apex("amp_C")
+
+
+def _missing_apex(extension: str) -> str | None:
+    for module in ("apex", extension):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return (
+                f"apex's kernels cannot be imported ({error}); install https://github.com/NVIDIA/apex with "
+                "its C++ and CUDA extensions, or choose another backend"
+            )
+    return _missing_gpu()
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels run with here: 'AVX-512' and so on. They have to be there."""
+    assert missing_cpu() is None, missing_cpu()
+    return _INSTRUCTION_SETS[torch.ops.megatron_lite_cpu.instruction_set()]
 
 
 def _missing_gpu() -> str | None:

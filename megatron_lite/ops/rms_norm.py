@@ -2,40 +2,58 @@
 
     forward             r = 1 / sqrt(mean(x^2) + eps), one number a row;  y = x r w
     gradient of x       r (g - n mean(g n))  with  n = x r  and  g = dy w
-    gradient of weight  sum over rows of dy n, in a fixed order (blocks of 32 rows, then the blocks)
+    gradient of weight  sum over rows of dy n, in a fixed order (blocks of rows, then the blocks)
 
-The backward saves x, the weight and r, and computes n again. Each kernel is an operator
-`megatron_lite::rms_norm_<backend>` with fake and autograd registrations, so torch.compile takes it as it is.
+The backward saves x, the weight and r, and computes n again. `add_rms_norm` normalises x + residual, and returns the
+sum too: in one pass over memory, where an addition before a norm takes two. See norm_kernels.py for the operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import dispatch, native
-
-_Pair = tuple[Tensor, Tensor]
+from megatron_lite.ops import dispatch, native, norm_kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
     """RMSNorm of x[..., D] with weight[D]; the result has x's shape and dtype.
 
     fp32, bf16, fp16 and fp64; everything between load and store is fp32 (fp64 for fp64). The weight has x's dtype or
-    fp32. `backend` is one of auto, reference, cpu, triton, cuda; one that cannot run raises ValueError.
+    fp32. `backend` is one of auto, reference, cpu, triton, cuda, apex. Raises ValueError for one that cannot run, and
+    for arguments that do not fit each other.
     """
-    assert x.shape[-1:] == weight.shape, f"x[..., D] and weight[D], not {tuple(x.shape)} and {tuple(weight.shape)}"
-    choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type)
-    chosen_triton = backend == "auto" and choice.backend == "triton"
-    is_too_wide = chosen_triton and weight.numel() > native.triton_kernels("rms_norm").MAX_DIM
-    if choice.backend == "reference" or is_too_wide:
+    norm_kernels.check("rms_norm", x, weight, None, None)
+    choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type).backend
+    if choice == "reference":
         return rms_norm_reference(x, weight, eps)
-    if choice.backend == "cpu" and native.runs_bare():
-        return _forward_cpu(x, weight, eps)[0]
-    return getattr(torch.ops.megatron_lite, f"rms_norm_{choice.backend}")(x, weight, eps)[0]
+    if choice == "apex":
+        return norm_kernels.apex_function("rms_norm", x, weight)(x, weight, weight.shape, eps).to(x.dtype)
+    if choice == "cpu" and native.runs_bare():
+        return norm_kernels.bare_cpu("rms_norm", x, weight, eps)[0]
+    return getattr(torch.ops.megatron_lite, f"rms_norm_{choice}")(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x + residual, and RMSNorm of it: both like x[..., D], to whose shape and dtype residual is equal.
+
+    The sum is rounded to x's dtype before it is normalised, as in two operations. Gradients of both results flow: that
+    of x, which is that of residual too, is the sum of the two, rounded once. Otherwise as `rms_norm`.
+    """
+    norm_kernels.check("add_rms_norm", x, weight, None, residual)
+    choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type).backend
+    if choice == "reference":
+        return add_rms_norm_reference(x, residual, weight, eps)
+    if choice == "apex":
+        total = x + residual
+        return total, rms_norm(total, weight, eps, backend="apex")
+    if choice == "cpu" and native.runs_bare():
+        total, y, _ = norm_kernels.bare_cpu("add_rms_norm", x, residual, weight, eps)
+        return total, y
+    total, y, _ = getattr(torch.ops.megatron_lite, f"add_rms_norm_{choice}")(x, residual, weight, eps)
+    return total, y
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,63 +63,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * rstd * weight.to(wide.dtype)).to(x.dtype)
 
 
-def _forward_cpu(x: Tensor, weight: Tensor, eps: float) -> _Pair:
-    return torch.ops.megatron_lite_cpu.rms_norm(x, weight, eps)
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The specification of `add_rms_norm`, in plain torch."""
+    total = x + residual
+    return total, rms_norm_reference(total, weight, eps)
 
 
-def _backward_cpu(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> _Pair:
-    return torch.ops.megatron_lite_cpu.rms_norm_backward(dy, x, weight, rstd)
-
-
-def _forward_cuda(x: Tensor, weight: Tensor, eps: float) -> _Pair:
-    with torch.cuda.device(x.device):
-        return torch.ops.megatron_lite_cuda.rms_norm(x, weight, eps, torch.cuda.current_stream().cuda_stream)
-
-
-def _backward_cuda(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> _Pair:
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.rms_norm_backward(dy, x, weight, rstd, stream)
-
-
-def _forward_triton(x: Tensor, weight: Tensor, eps: float) -> _Pair:
-    with torch.cuda.device(x.device):
-        return native.triton_kernels("rms_norm").forward(x, weight, eps)
-
-
-def _backward_triton(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> _Pair:
-    with torch.cuda.device(x.device):
-        return native.triton_kernels("rms_norm").backward(dy, x, weight, rstd)
-
-
-def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> _Pair:
-    rows = x.numel() // weight.numel()
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
-
-
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> _Pair:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _register(backend: str, dispatch_key: str, forward: Callable[..., _Pair], backward: Callable[..., _Pair]) -> None:
-    """Defines the operators rms_norm_<backend> and rms_norm_<backend>_backward."""
-    name = f"rms_norm_{backend}"
-
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: _Pair) -> None:
-        ctx.save_for_backward(inputs[0], inputs[1], output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    def gradient(ctx: Any, dy: Tensor, _drstd: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        x, weight, rstd = ctx.saved_tensors
-        dx, dweight = getattr(torch.ops.megatron_lite, f"{name}_backward")(dy, x, weight, rstd)
-        return dx, dweight, None
-
-    schema = f"{name}(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)"
-    native.define_operator(schema, dispatch_key, forward, _fake_forward, gradient, setup_context)
-    schema = f"{name}_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dweight)"
-    native.define_operator(schema, dispatch_key, backward, _fake_backward)
-
-
-_register("cpu", "CPU", _forward_cpu, _backward_cpu)
-_register("cuda", "CUDA", _forward_cuda, _backward_cuda)
-_register("triton", "CUDA", _forward_triton, _backward_triton)
+norm_kernels.register("rms_norm", adds=False)
+norm_kernels.register("rms_norm", adds=True)

@@ -1,92 +1,144 @@
-"""SwiGLU: silu(gate) * up (arXiv:2002.05202, equation 6), gate and up being the two halves of one tensor.
+"""Gated activations: a(gate) * up (arXiv:2002.05202, equations 5 and 6), of the two halves of one tensor.
 
-    forward          g s u                      with  s = 1 / (1 + e^-g)
-    gradient of up   d g s
-    gradient of gate d u s (1 + g (1 - s))
+    forward          a(g) u
+    gradient of up   d a(g)
+    gradient of gate d u a'(g)
 
-Only the input is saved; the backward computes s again.
+Only the input is saved; the backward computes a(g) again. Each kernel is an operator `megatron_lite::swiglu_<backend>`
+with fake and autograd registrations, so torch.compile takes it as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops import dispatch, native
+from megatron_lite.ops import checks, dispatch, native
+
+ACTIVATIONS = ("silu", "gelu", "relu", "gelu_erf")
+"""In the order of csrc/common/activation.h."""
 
 
-def swiglu(gate_up: Tensor, backend: str = "auto") -> Tensor:
-    """silu(first half) * second half of gate_up[..., 2F] -> [..., F], same dtype.
+def swiglu(gate_up: Tensor, activation: str = "silu", backend: str = "auto") -> Tensor:
+    """a(first half) * second half of gate_up[..., 2F] -> [..., F], same dtype.
 
-    fp32, bf16, fp16, fp64; everything between load and store is fp32 (fp64 for fp64).
+    `activation` is silu (SwiGLU), gelu (GeGLU, by the tanh approximation), gelu_erf (GeGLU, exact) or relu (ReGLU).
+    fp32, bf16, fp16, fp64; everything between load and store is fp32 (fp64 for fp64). `backend` is one of auto,
+    reference, cpu, triton, cuda. Raises ValueError for an odd last dimension, another dtype, an unknown
+    activation, or a backend that cannot run.
     """
-    assert gate_up.shape[-1] % 2 == 0, f"the last dimension holds gate and up, so it is even: {tuple(gate_up.shape)}"
-    if dispatch.select("swiglu", backend, gate_up.dtype, gate_up.device.type).backend == "cpu":
-        if native.runs_bare():
-            return _forward_cpu(gate_up)
-        return torch.ops.megatron_lite.swiglu_cpu(gate_up)
+    checks.require_float("swiglu", "gate_up", gate_up)
+    is_even = gate_up.dim() > 0 and gate_up.shape[-1] % 2 == 0
+    checks.require(is_even, "swiglu", "gate_up", gate_up, "[..., 2F], gate and up side by side")
+    checks.require(activation in ACTIVATIONS, "swiglu", "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
+    choice = dispatch.select("swiglu", backend, gate_up.dtype, gate_up.device.type)
+    if choice.backend != "reference":
+        if choice.backend == "cpu" and native.runs_bare():
+            return _forward_cpu(gate_up, activation)
+        return getattr(torch.ops.megatron_lite, f"swiglu_{choice.backend}")(gate_up, activation)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses itself what to keep
-        return swiglu_reference(gate_up)
-    return _SwiGLU.apply(gate_up)
+        return swiglu_reference(gate_up, activation)
+    return _Recomputing.apply(gate_up, activation)
 
 
-def swiglu_reference(gate_up: Tensor) -> Tensor:
+def swiglu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """The specification of `swiglu`, in plain torch."""
     gate, up = _wide(gate_up).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    return (activate(gate, activation) * up).to(gate_up.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ACTIVATIONS, in plain torch and in x's dtype."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu" else "none")
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """The reference with the backward written out, so that only the input is kept between the two."""
+class _Recomputing(torch.autograd.Function):
+    """The reference, computed once more in the backward, so that only the input is kept between the two."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return swiglu_reference(gate_up)
+        ctx.activation = activation
+        return swiglu_reference(gate_up, activation)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = _wide(gate_up).chunk(2, dim=-1)
-        d_out = _wide(grads[0])
-        d_gate = torch.ops.aten.silu_backward(d_out * up, gate)
-        return torch.cat((d_gate, d_out * F.silu(gate)), dim=-1).to(gate_up.dtype)
+        wants_second = torch.is_grad_enabled()  # that of this gradient
+        with torch.enable_grad():
+            source = gate_up if wants_second else gate_up.detach().requires_grad_()
+            out = swiglu_reference(source, ctx.activation)
+        return torch.autograd.grad(out, source, grads[0], create_graph=wants_second)[0], None
 
 
-def _forward_cpu(gate_up: Tensor) -> Tensor:
-    return torch.ops.megatron_lite_cpu.swiglu(gate_up)
+def _forward_cpu(gate_up: Tensor, activation: str) -> Tensor:
+    return torch.ops.megatron_lite_cpu.swiglu(gate_up, ACTIVATIONS.index(activation))
 
 
-def _backward_cpu(d_out: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.ops.megatron_lite_cpu.swiglu_backward(d_out, gate_up)
+def _backward_cpu(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    return torch.ops.megatron_lite_cpu.swiglu_backward(d_out, gate_up, ACTIVATIONS.index(activation))
 
 
-def _fake_forward(gate_up: Tensor) -> Tensor:
+def _forward_cuda(gate_up: Tensor, activation: str) -> Tensor:
+    with torch.cuda.device(gate_up.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return torch.ops.megatron_lite_cuda.swiglu(gate_up, ACTIVATIONS.index(activation), stream)
+
+
+def _backward_cuda(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    with torch.cuda.device(gate_up.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        return torch.ops.megatron_lite_cuda.swiglu_backward(d_out, gate_up, ACTIVATIONS.index(activation), stream)
+
+
+def _forward_triton(gate_up: Tensor, activation: str) -> Tensor:
+    with torch.cuda.device(gate_up.device):
+        return native.triton_kernels("swiglu").forward(gate_up, activation)
+
+
+def _backward_triton(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    with torch.cuda.device(gate_up.device):
+        return native.triton_kernels("swiglu").backward(d_out, gate_up, activation)
+
+
+def _fake_forward(gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-def _fake_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
+def _fake_backward(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
+def _register(backend: str, dispatch_key: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> None:
+    """Defines the operators swiglu_<backend> and swiglu_<backend>_backward."""
+    name = f"swiglu_{backend}"
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.activation = inputs[1]
+
+    def gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        backward_operator = getattr(torch.ops.megatron_lite, f"{name}_backward")
+        return backward_operator(d_out, *ctx.saved_tensors, ctx.activation), None
+
+    schema = f"{name}(Tensor gate_up, str activation) -> Tensor"
+    native.define_operator(schema, dispatch_key, forward, _fake_forward, gradient, setup_context)
+    schema = f"{name}_backward(Tensor d_out, Tensor gate_up, str activation) -> Tensor"
+    native.define_operator(schema, dispatch_key, backward, _fake_backward)
 
 
-def _gradient(ctx: Any, d_out: Tensor) -> Tensor:
-    return torch.ops.megatron_lite.swiglu_cpu_backward(d_out, *ctx.saved_tensors)
-
-
-native.define_operator(
-    "swiglu_cpu(Tensor gate_up) -> Tensor", "CPU", _forward_cpu, _fake_forward, _gradient, _setup_context
-)
-native.define_operator(
-    "swiglu_cpu_backward(Tensor d_out, Tensor gate_up) -> Tensor", "CPU", _backward_cpu, _fake_backward
-)
+_register("cpu", "CPU", _forward_cpu, _backward_cpu)
+_register("cuda", "CUDA", _forward_cuda, _backward_cuda)
+_register("triton", "CUDA", _forward_triton, _backward_triton)

@@ -1,4 +1,4 @@
-"""AdamW over flat memory (Loshchilov and Hutter 2019, algorithm 2), by PyTorch's fused implementation."""
+"""AdamW over flat memory: what a run keeps of it, and its settings. The arithmetic is ``ops/adamw.py``'s."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megatron_lite.config.schema import OptimConfig
+from megatron_lite.ops.adamw import AdamWStep, adamw
 
 
 @dataclass
@@ -37,31 +37,29 @@ class AdamW:
         state: AdamWState,
         runs: Sequence[tuple[slice, bool]],
         lr: float,
+        *,
+        factor: float = 1.0,
+        parameters: Tensor | None = None,
     ) -> None:
-        """Updates flat ``weights`` and ``state`` in place.
+        """Updates flat ``weights`` and ``state`` in place, and fills ``parameters`` with the weights, rounded.
 
-        runs: the slices that make up ``weights``, each with whether it decays.
+        runs: the slices that make up ``weights``, in order, each with whether it decays. factor: what the gradients are
+        multiplied by before anything else (clipping, and one over a loss scale); they are not changed themselves.
         """
         config = self.config
-        done = torch.tensor(float(state.num_steps), dtype=torch.float32, device=weights.device)
         state.num_steps += 1
-        for decays in (True, False):
-            slices = [where for where, run_decays in runs if run_decays is decays]
-            if not slices:
-                continue
-            adamw(
-                [weights[where] for where in slices],
-                [gradients[where] for where in slices],
-                [state.first[where] for where in slices],
-                [state.second[where] for where in slices],
-                [],
-                [done.clone() for _ in slices],
-                fused=True,
-                amsgrad=False,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                lr=lr,
-                weight_decay=config.weight_decay if decays else 0.0,
-                eps=config.eps,
-                maximize=False,
-            )
+        step = AdamWStep(
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            step=state.num_steps,
+            factor=factor,
+        )
+        adamw(
+            *(weights, state.first, state.second, gradients, step),
+            undecayed=[(where.start, where.stop) for where, decays in runs if not decays],
+            parameters=parameters,
+            backend=self.backend,
+        )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from megatron_lite.ops.block_squares import BLOCK, block_squares
-from megatron_lite.utils.exact import to_limbs
+from megatron_lite.ops.exact_sum import exact_sum
 
 
 def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Tensor:
@@ -24,7 +24,7 @@ def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Te
         for begin, end in skipped:
             counted[max(begin - first * BLOCK, 0) : max(end - first * BLOCK, 0)] = 0
         sums[first:last] = block_squares(counted)
-    return to_limbs(sums)
+    return exact_sum(sums)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

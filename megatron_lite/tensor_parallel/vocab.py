@@ -9,7 +9,9 @@ from torch import Tensor
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis
 from megatron_lite.models.identity import ParameterSpec
-from megatron_lite.ops.linear_cross_entropy import VocabularyShard, check_ids, linear_cross_entropy
+from megatron_lite.ops.cross_entropy import check_ids
+from megatron_lite.ops.cross_entropy_shard import VocabularyShard
+from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_lite.tensor_parallel.layers import ParallelModule
 
 
@@ -37,6 +39,9 @@ class VocabParallelEmbedding(ParallelModule):
 class VocabParallelLossHead(ParallelModule):
     """Logits of this rank's rows of the vocabulary, and the loss over all of them; logits are never gathered for it.
 
+    As with `megatron_lite.models.transformer.LossHead`, label smoothing and z-loss are part of the loss where gradients
+    are wanted, and of no evaluation.
+
     Gradient of the activations: the parts of the ranks are summed (all-reduce, or reduce-scatter under sequence
     parallelism), the dual of how the activations came in.
     """
@@ -45,6 +50,7 @@ class VocabParallelLossHead(ParallelModule):
         super().__init__(specs, axis, sequence_parallel)
         self.vocab_size = specs["weight"].shape[0]
         self.saves_gradients, self.backend = True, "auto"
+        self.label_smoothing, self.z_loss = 0.0, 0.0
         piece = self.weight_shard.pieces[0]
         self.shard = VocabularyShard(
             piece.start,
@@ -59,12 +65,15 @@ class VocabParallelLossHead(ParallelModule):
         return enter(x, self.axis)
 
     def forward(self, x: Tensor, targets_BS: Tensor) -> Tensor:
+        is_training = torch.is_grad_enabled()
         return linear_cross_entropy(
             self._enter(x),
             self.weight,
             targets_BS.flatten(),
             shard=self.shard,
             saves_gradients=self.saves_gradients,
+            label_smoothing=self.label_smoothing if is_training else 0.0,
+            z_loss=self.z_loss if is_training else 0.0,
             backend=self.backend,
         )
 

@@ -81,6 +81,7 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
     if model.head is not None:
         # GPipe holds every microbatch's graph at once: the gradients of the head would be held as often.
         model.head.saves_gradients = config.parallel.schedule != "gpipe"
+        model.head.label_smoothing, model.head.z_loss = config.train.label_smoothing, config.train.z_loss
 
     engine = ZeroEngine(
         dict(model.named_parameters(remove_duplicate=False)),

@@ -144,6 +144,7 @@ def restore(training: Training, manifest: Manifest) -> Position:
     training.num_steps = position.step
     for state in training.optimizer_states.values():
         state.num_steps = position.step
+    training.engine.round_master_weights()
     training.engine.gather_parameters()
     return position
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.optim.grad_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.pipeline.runner import MicrobatchLike
@@ -45,10 +45,12 @@ def compute_gradients(training: Training, microbatches: Sequence[MicrobatchLike]
 
 
 def apply_gradients(training: Training) -> tuple[float, float]:
-    """Clips the gradients, updates the parameters, and returns the norm before clipping and the learning rate."""
+    """Updates the parameters by the clipped gradients; returns the norm before clipping and the learning rate.
+
+    The gradients stay as they are: the optimizer multiplies by the factor as it reads them.
+    """
     engine, optim = training.engine, training.config.optim
     norm = gradient_norm(training)
-    engine.scale_gradients(clip_factor(norm, optim.clip_grad_norm))
     training.num_steps += 1
     lr = learning_rate(optim, training.num_steps, training.config.train.num_steps)
     training.before_update()
@@ -59,6 +61,8 @@ def apply_gradients(training: Training) -> tuple[float, float]:
             training.optimizer_states[bucket.layout.name],
             [(slice(run.start, run.stop), decays) for run, decays in bucket.decay_runs()],
             lr,
+            factor=clip_factor(norm, optim.clip_grad_norm),
+            parameters=bucket.rounded_region(),
         )
     engine.gather_parameters()
     return norm, lr

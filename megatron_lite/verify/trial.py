@@ -17,7 +17,7 @@ from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterSpec, WeightSource, assemble
 from megatron_lite.models.initial import initial_shard
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.train.build import build, layout_of
 from megatron_lite.train.faults import remove_reduction
 from megatron_lite.train.step import apply_gradients, compute_gradients

@@ -139,6 +139,11 @@ class Bucket:
     def region_gradients(self) -> Tensor:
         return self.gradients[self.region.start : self.region.stop]
 
+    def rounded_region(self) -> Tensor | None:
+        """The region of ``parameters``, where the master weights go, rounded; None where it is the same memory."""
+        region = self.parameters[self.region.start : self.region.stop]
+        return None if region.data_ptr() == self.master.data_ptr() else region
+
     def decay_runs(self) -> list[tuple[Interval, bool]]:
         """The region, cut into runs that decay and runs that do not; intervals count from the region's start."""
         runs, at = [], self.region.start

@@ -2,8 +2,9 @@
 
 A step: microbatches add into each bucket's gradients; ``reduce_gradients`` sums them over tp (where a parameter's
 identity says that they are partial), over dp, and over the two uses of a tied table; the optimizer updates this rank's
-region; ``gather_parameters`` makes the parameters whole again. Data-parallel contributions are exchanged slice by slice
-and added in rank order, by the same partition at every stage, so the stages agree in every bit.
+region of the master weights and of the parameters; ``gather_parameters`` makes these whole again. Data-parallel
+contributions are exchanged slice by slice and added in rank order, by the same partition at every stage, so the stages
+agree in every bit.
 """
 
 from __future__ import annotations
@@ -143,24 +144,24 @@ class ZeroEngine:
             skipped = [interval.intersect(own).shift(-own.start) for interval in bucket.uncounted]
             yield bucket.gradients[own.start : own.stop], [interval for interval in skipped if interval.size]
 
-    def scale_gradients(self, factor: float) -> None:
-        if factor != 1.0:
-            for bucket in self.updated_buckets():
-                bucket.region_gradients().mul_(factor)
+    def round_master_weights(self) -> None:
+        """Writes the master weights into this rank's region of the parameters, where an optimizer's step did not."""
+        for bucket in self.updated_buckets():
+            if (rounded := bucket.rounded_region()) is not None:
+                rounded.copy_(bucket.master)
 
     def gather_parameters(self) -> None:
-        """After the optimizer's step: rounds the master weights into the parameters and makes these whole."""
+        """After the optimizer's step, which wrote each rank's region of the parameters: makes them whole."""
         for bucket in self.updated_buckets():
-            region = bucket.parameters[bucket.region.start : bucket.region.stop]
-            if bucket.master.data_ptr() != region.data_ptr():
-                region.copy_(bucket.master)
             if self.stage > 0:
+                region = bucket.parameters[bucket.region.start : bucket.region.stop]
                 collectives.all_gather(region.clone(), self.mesh.dp, out=bucket.parameters)
 
     def whole_gradient(self, name: str) -> Tensor:
         """This rank's gradient of a parameter, whole over dp, after ``reduce_gradients``. For proofs, not for speed.
 
-        A tied parameter has the sum over both of its uses.
+        A tied parameter has the sum over both of its uses. It is never clipped: the optimizer's step multiplies by the
+        factor as it reads.
         """
         return self._whole(name, Bucket.region_gradients)
 

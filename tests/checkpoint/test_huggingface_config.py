@@ -23,6 +23,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 20, "beta_slow": 2.0}
 
 
 def written(tmp_path: Path, **config: Any) -> Path:
@@ -121,6 +122,10 @@ def test_what_is_left_out_means_what_it_means_to_transformers(tmp_path: Path) ->
         {"rope_scaling": LLAMA3},
         {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}, "rope_theta": ...},
         {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.707}},
+        {"rope_scaling": YARN | {"attention_factor": 1.25}},
         {"rope_scaling": None},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000}, "rope_theta": ...},
     ],
@@ -132,7 +137,10 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path: Path, rotary: di
 
     model = ModelConfig(**config_from_hf(written(tmp_path, **llama(**rotary))))
     assert model.rope_theta == 500000.0
-    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
+    embedding = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
+    theirs = embedding.inv_freq
+    if model.rope_scaling is not None and model.rope_scaling.type == "yarn":
+        assert model.rope_scaling.attention_factor == pytest.approx(embedding.attention_scaling, rel=1e-12)
     torch.testing.assert_close(rotary_frequencies(model, torch.device("cpu")).float(), theirs, rtol=1e-6, atol=0)
     # and once more through what is written
     written(tmp_path, **config_to_hf(model, torch.float32))
@@ -249,6 +257,33 @@ def test_the_fixes_that_are_named_make_the_model_match(tmp_path: Path) -> None:
     check_matches(folder, load_config(None, base + fixes).model)
 
 
+def test_ntk_is_written_as_the_base_that_it_makes(tmp_path: Path) -> None:
+    """transformers has no name for it. The checkpoint that is written is of the model that was asked for."""
+    model = ModelConfig(**config_from_hf(written(tmp_path, **llama())))
+    model = model.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=4.0)})
+    config = config_to_hf(model, torch.float32)
+    assert config["rope_scaling"] is None and config["rope_theta"] == 500000.0 * 4.0 ** (16 / 14)
+    check_matches(written(tmp_path, **config), model)
+    frequencies = [rotary_frequencies(m, torch.device("cpu")) for m in (model, ModelConfig(**config_from_hf(tmp_path)))]
+    torch.testing.assert_close(*frequencies, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "activation"),
+    [
+        (llama(), "swiglu"),
+        (llama(hidden_act="gelu_pytorch_tanh"), "geglu"),
+        (mistral(hidden_act="relu"), "reglu"),
+        (gpt2(), "gelu"),
+        (gpt2(activation_function="gelu"), "gelu_erf"),
+    ],
+)
+def test_activations(tmp_path: Path, config: dict[str, Any], activation: str) -> None:
+    model = ModelConfig(**config_from_hf(written(tmp_path, **config)))
+    assert model.activation == activation
+    assert config_from_hf(written(tmp_path, **config_to_hf(model, torch.float32))) == model.model_dump()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -260,7 +295,10 @@ def test_the_fixes_that_are_named_make_the_model_match(tmp_path: Path) -> None:
         ({}, "another architecture, model_type None"),
         (llama(attention_bias=True), "attention_bias is True"),
         (llama(hidden_act="gelu", mlp_bias=True), "hidden_act is 'gelu'.*mlp_bias is True"),
-        (llama(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling is of type 'yarn'"),
+        (llama(rope_scaling={"rope_type": "longrope", "factor": 2.0}), "rope_scaling is of type 'longrope'"),
+        (llama(rope_scaling={"rope_type": "ntk", "factor": 2.0}), "rope_scaling is of type 'ntk'"),
+        (llama(rope_scaling={"rope_type": "yarn"}), "rope_scaling has no number factor and attention_factor"),
+        (llama(rope_scaling={"rope_type": "yarn", "factor": 2.0, "truncate": False}), "truncate is False"),
         (llama(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "rope_scaling has no number low_freq_factor"),
         (llama(rope_scaling="linear"), "rope_scaling is 'linear'"),
         (llama(partial_rotary_factor=0.5), r"partial_rotary_factor is 0\.5"),
@@ -269,7 +307,7 @@ def test_the_fixes_that_are_named_make_the_model_match(tmp_path: Path) -> None:
         (llama(quantization_config={"bits": 4}), "quantized"),
         (mistral(hidden_act="gelu"), "hidden_act is 'gelu'.*plain MistralForCausalLM"),
         (mistral(sliding_window=0), "sliding_window = 0"),
-        (mistral(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling is of type 'yarn'"),
+        (mistral(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_scaling is of type 'dynamic'"),
         (qwen2(use_sliding_window=True, layer_types=[SLIDING, FULL]), "layer_types mixes full_attention and sliding"),
         (qwen2(use_sliding_window=True, layer_types=[FULL]), "layer_types is .*for each of 2 layers"),
         (qwen2(use_sliding_window=True, layer_types=[FULL, {}]), "layer_types is .*for each of 2 layers"),

@@ -88,6 +88,25 @@ BROKEN: list[tuple[str, int | None, str, str]] = [
         "model.rope_scaling",
         "model.rope_scaling=null",
     ),
+    ("model.activation=gelu", None, "model.activation", "model.activation=swiglu"),
+    (
+        "model.family=gpt2 model.num_kv_heads=8 model.activation=reglu",
+        None,
+        "model.activation",
+        "model.activation=gelu",
+    ),
+    (
+        "model.rope_scaling.type=yarn model.rope_scaling.factor=2 model.rope_scaling.beta_slow=40",
+        None,
+        "model.rope_scaling.beta_slow",
+        "model.rope_scaling.beta_slow=1.0",
+    ),
+    (
+        "model.rope_scaling.type=ntk model.rope_scaling.factor=2 model.rope_theta=1.0",
+        None,
+        "model.rope_theta",
+        "model.rope_theta=10000.0",
+    ),
     (
         "model.rope_scaling.type=llama3 model.rope_scaling.factor=2 model.rope_scaling.low_freq_factor=8",
         None,

@@ -17,7 +17,7 @@ from megatron_lite.data import (
     SampleOrder,
     TokenDataset,
 )
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 
 SEQ_LEN = 4
 LAYOUTS = [(dp, micro) for dp in (1, 2, 3, 4) for micro in (1, 2, 3, 4) if 12 % (dp * micro) == 0]

@@ -66,7 +66,12 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return state_of(pid) != "Z"
+
+
+def state_of(pid: int) -> str:
+    """The letter that /proc has for it."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 def assert_all_end(folder: Path, nproc: int, within_s: float = 15) -> None:
@@ -190,7 +195,10 @@ def test_a_second_signal_ends_a_rank_that_hears_none(tmp_path: Path) -> None:
         while len(pids(tmp_path)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.kill(pids(tmp_path)[0], signal.SIGSTOP)
+        rank = pids(tmp_path)[0]
+        os.kill(rank, signal.SIGSTOP)
+        while state_of(rank) != "T":  # of two signals that wait, SIGTERM would come first
+            time.sleep(0.01)
         agent.send_signal(signal.SIGTERM)
         time.sleep(SAME_WISH_S + 0.5)
         assert agent.poll() is None, "one wish: the rank is waited for"

@@ -151,6 +151,7 @@ def test_ranks_on_different_kinds_of_device_all_hear_of_it(kinds: tuple[str, ...
 def join_and_leave(port: int, fail: bool) -> tuple[float, float]:
     """Runs inside a rank of the pool, whose own group steps aside for one made from an environment."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves while another still connects to it is an error there
     dist.destroy_process_group()
     start = time.monotonic()
     total = torch.tensor([rank + 1.0])

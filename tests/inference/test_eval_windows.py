@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_lite.inference.windows import GROUP, Window, cut_windows, group_microbatches, pack_rows
-from megatron_lite.ops.linear_cross_entropy import IGNORED_TARGET
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 
 CPU = torch.device("cpu")
 

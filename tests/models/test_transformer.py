@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.models.transformer import Transformer
+from megatron_lite.config.schema import KernelsConfig
+from megatron_lite.models import transformer
+from megatron_lite.models.transformer import Transformer, activation_of
+from megatron_lite.ops.rotary import rotary_projections, rotary_reference
+from megatron_lite.ops.split_projections import split_projections_reference
 from tests.models.tiny import filled, model_config, token_ids
 
 F64 = torch.float64
@@ -185,3 +192,43 @@ def test_what_a_family_is_made_of() -> None:
     assert gpt2.sequences(1, 4, None, None, like).rotary is None
     assert not any(name.endswith("bias") for name, _ in llama.named_parameters())
     assert sum(name.endswith("bias") for name, _ in gpt2.named_parameters()) == 6 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "plain"),
+    [
+        ("swiglu", F.silu),
+        ("geglu", partial(F.gelu, approximate="tanh")),
+        ("reglu", F.relu),
+        ("gelu", partial(F.gelu, approximate="tanh")),
+        ("gelu_erf", F.gelu),
+    ],
+)
+def test_activation_of_the_feed_forward_block(activation: str, plain: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    own = activation_of(activation, KernelsConfig())(x)
+    expected = plain(x) if activation.startswith("gelu") else plain(x[:, :4]) * x[:, 4:]
+    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_leaves_the_gradients_of_plain_autograd() -> None:
+    """Queries and keys are rotated where they lie in the projection; the same without, by splits and the reference."""
+    settings = model_config()
+    model = filled(settings, F64)
+    attention, x = model.layers["0"].attention, torch.randn(6, settings.hidden_size, dtype=F64, requires_grad=True)
+    sequences = model.sequences(2, 3, torch.tensor([[4, 5, 6], [0, 1, 0]]), None, torch.empty((), dtype=F64))
+    results = []
+    for rotate in (rotary_projections, plain_projections):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "rotary_projections", rotate)
+            out = attention(x, sequences)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, attention.qkv.weight])])
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+
+
+def plain_projections(
+    qkv: Tensor, shapes: list[tuple[int, ...]], cos: Tensor, sin: Tensor, **_: object
+) -> tuple[Tensor, ...]:
+    q, k, v = split_projections_reference(qkv, shapes)
+    return *rotary_reference(q, k, cos, sin), v

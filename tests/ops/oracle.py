@@ -44,8 +44,9 @@ def run_with_gradients(op: Op, inputs: Sequence[Tensor], rounding: torch.dtype |
     results = op(*leaves)
     outputs = list(results) if isinstance(results, tuple) else [results]
     generator = torch.Generator().manual_seed(1)
-    d_outputs = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    d_outputs = [d.to(rounding or o.dtype).to(o.dtype) for d, o in zip(d_outputs, outputs, strict=True)]
+    at = generator.device  # which need not be where tensors are made by default
+    d_outputs = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device=at) for o in outputs]
+    d_outputs = [d.to(rounding or o.dtype).to(o.device, o.dtype) for d, o in zip(d_outputs, outputs, strict=True)]
     return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, leaves, d_outputs))
 
 
@@ -75,7 +76,7 @@ def run_python(*arguments: str, **environment: str) -> str:
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

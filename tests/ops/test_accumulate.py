@@ -35,3 +35,16 @@ def test_strided_values() -> None:
     values, total = torch.randn(7, 40).bfloat16().t(), torch.ones(40, 7)
     accumulate(total, values)
     assert torch.equal(total, 1 + values.float())
+
+
+@pytest.mark.parametrize(
+    ("total", "values"),
+    [
+        (torch.ones(4), torch.ones(3)),
+        (torch.ones(4), torch.ones(4, dtype=torch.int32)),
+        (torch.ones(4).half(), torch.ones(4).half()),
+    ],
+)
+def test_bad_input(total: torch.Tensor, values: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"accumulate: (values|total) is"):
+        accumulate(total, values)

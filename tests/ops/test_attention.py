@@ -8,37 +8,16 @@ import torch
 from torch import Tensor
 
 from megatron_lite.ops import attention
-from megatron_lite.ops.attention import attention_reference, visible
+from megatron_lite.ops.attention import attention_reference
+from megatron_lite.ops.attention_sdpa import visible
+from tests.ops.attention_plain import documents_of, plain, qkv
 from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def qkv(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    torch.manual_seed(tokens * 1000 + heads * 10 + kv_heads)
-    return [torch.randn(batch, tokens, h, dim).to(dtype) for h in (heads, kv_heads, kv_heads)]
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
-    """What one would write without a thought for precision: every intermediate in the dtype of the inputs."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)))
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    mask = visible(documents, causal, q.shape[2], k.shape[2], q.device, window, lengths)
-    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
-
-
-def documents_of(lengths: list[int], batch: int) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(batch, -1)
+# Backends that run here in every dtype of DTYPES; the C++ kernels have no fp64.
+BACKENDS = ["auto", "sdpa", "reference"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,7 +30,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(
 ) -> None:
     documents = documents_of([tokens // 3, tokens - tokens // 3], 2) if packed else None
     arguments = qkv(2, tokens, heads, kv_heads, dim, dtype)
-    for op in (attention, attention_reference):
+    for op in (attention, functools.partial(attention, backend="sdpa"), attention_reference):
         bound = [functools.partial(f, documents=documents) for f in (op, plain)]
         check_against_plain(*bound, arguments)
 
@@ -71,7 +50,7 @@ def test_all_may_see_all_without_causal(packed: bool) -> None:
     assert not torch.equal(op(*arguments), attention(*arguments, documents=documents))
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_is_float64_end_to_end(backend: str) -> None:
     """1e-13: a few hundred roundings of 1e-16. A single step in float32 would leave 1e-8."""
     arguments = qkv(2, 77, 4, 2, 40, torch.float64)
@@ -95,7 +74,7 @@ def test_reference_against_a_loop_over_queries() -> None:
     torch.testing.assert_close(attention_reference(q, k, v, documents), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_documents_never_see_each_other(dtype: torch.dtype, backend: str) -> None:
     """Changing document 0 changes no bit of document 1, forward or backward; without boundaries it does."""
@@ -119,7 +98,7 @@ def test_a_packed_document_is_computed_as_if_alone(dtype: torch.dtype) -> None:
     torch.testing.assert_close(packed[:, 37:], alone, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_shared_heads_are_sums_over_their_group(backend: str) -> None:
     q, k, v = qkv(2, 33, 8, 2, 16, torch.float64)
     shared = run_with_gradients(functools.partial(attention, backend=backend), [q, k, v])
@@ -168,12 +147,12 @@ def test_a_window_is_at_most_twice_as_wrong_as_plain_torch(
     options = {"documents": documents_of([11, 20], 2) if packed else None, "window": window}
     arguments = qkv(2, 31, 4, 2, 16, dtype)
     for chunk in (1024, 8):
-        monkeypatch.setattr(importlib.import_module("megatron_lite.ops.attention"), "WINDOW_CHUNK", chunk)
-        for op in (attention, attention_reference):
+        monkeypatch.setattr(importlib.import_module("megatron_lite.ops.attention_sdpa"), "WINDOW_CHUNK", chunk)
+        for op in (attention, functools.partial(attention, backend="sdpa"), attention_reference):
             check_against_plain(*[functools.partial(f, **options) for f in (op, plain)], arguments)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_is_the_last_keys_and_the_token_itself(backend: str) -> None:
     """Each query alone, over exactly the keys that it may see; one key more or less is another result."""
     q, k, v = qkv(1, 23, 4, 2, 16, torch.float64)
@@ -186,7 +165,7 @@ def test_a_window_is_the_last_keys_and_the_token_itself(backend: str) -> None:
         assert (out - attention(q, k, v, window=other, backend=backend))[:, 6:].abs().amin(dim=(0, 2, 3)).min() > 1e-6
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("num_queries", [1, 2, 9])
 @pytest.mark.parametrize("packed", [False, True])
@@ -200,7 +179,7 @@ def test_the_last_queries_are_computed_as_among_all(
     torch.testing.assert_close(last, whole[:, -num_queries:], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_rows_of_different_lengths_are_computed_as_if_alone(num_queries: int, window: int | None, backend: str) -> None:

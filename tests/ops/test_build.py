@@ -1,10 +1,9 @@
-"""The native build: what nvcc makes of the .cu files, and what an install does without compilers."""
+"""The native build: what an install does without compilers."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,34 +14,6 @@ import pytest
 
 from tests.ops.oracle import ROOT
 
-CUDA_SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu"))
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def test_there_are_cuda_sources() -> None:
-    assert CUDA_SOURCES, "the parametrisation below would be empty"
-
-
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.parent.name)
-def test_cuda_kernels_compile_without_spills(source: Path, sm: int, tmp_path: Path) -> None:
-    result = subprocess.run(
-        [
-            *(str(NVCC), "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xptxas", "-v"),
-            *(f"-I{ROOT / 'csrc'}", "-cubin", str(source), "-o", str(tmp_path / "kernel.cubin")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", result.stderr)]
-    assert len(spills) == len(registers) > 0
-    assert set(spills) == {("0", "0")}, result.stderr
-    assert max(registers) <= 168  # 384 threads of a block share 65536
-
 
 def build(tmp_path: Path, **environment: str) -> tuple[str, dict[str, str | None], Path]:
     """Runs setup.py build_ext into tmp_path with this environment alone; returns its output, report and folder."""
@@ -52,7 +23,7 @@ def build(tmp_path: Path, **environment: str) -> tuple[str, dict[str, str | None
         text=True,
         cwd=ROOT,
         env={"HOME": os.environ.get("HOME", "/"), "CUDA_HOME": "/nowhere", **environment},
-        timeout=120,
+        timeout=600,  # two minutes of compiling, on two cores that may be busy
     )
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "lib/megatron_lite/ops"

@@ -1,33 +1,117 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from megatron_lite.ops import gelu
+from megatron_lite.ops import gelu, native
 from megatron_lite.ops.gelu import gelu_reference
-from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients
+from megatron_lite.ops.swiglu import ACTIVATIONS
+from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FORMS = pytest.mark.parametrize("approximate", ["tanh", "none"])
+needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("shape", [(1, 40), (3, 59), (4099, 111), (2, 3, 512)], ids=str)
-def test_error_is_at_most_twice_that_of_plain_torch(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
+@FORMS
+def test_error_is_at_most_twice_that_of_plain_torch(
+    shape: tuple[int, ...], scale: float, dtype: torch.dtype, approximate: str
+) -> None:
     torch.manual_seed(0)
     x = (torch.randn(shape) * scale).to(dtype)
-    check_against_plain(gelu, gelu_reference, [x])
-    assert_same_bits(run_with_gradients(gelu, [x]), run_with_gradients(gelu, [x]))
+    op = partial(gelu, approximate=approximate)
+    check_against_plain(op, partial(gelu_reference, approximate=approximate), [x])
+    assert_same_bits(run_with_gradients(op, [x]), run_with_gradients(op, [x]))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch", "reference"])
+@FORMS
+def test_every_backend(backend: str, approximate: str) -> None:
+    x = (3 * torch.randn(7, 59)).bfloat16()
+    op = partial(gelu, approximate=approximate, backend=backend)
+    check_against_plain(op, partial(gelu_reference, approximate=approximate), [x])
+
+
+@needs_native
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa: int, dtype: torch.dtype, approximate: str) -> None:
+    torch.manual_seed(0)
+    x, d_out = (3 * torch.randn(3, 111)).to(dtype), torch.randn(3, 111).to(dtype)
+    number = ACTIVATIONS.index("gelu" if approximate == "tanh" else "gelu_erf")
+    operators = torch.ops.megatron_lite_cpu
+    actual = operators.gelu(x, number, isa), operators.gelu_backward(d_out, x, number, isa)
+    results = []
+    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        out = gelu_reference(leaf, approximate)
+        results.append((out.detach(), torch.autograd.grad(out, leaf, d_out.to(out.dtype))[0]))
+    for name, factor, own, plain, exact in zip(("out", "d_x"), (2.0, 3.0), actual, *results, strict=True):
+        assert_within(name, own, plain, exact, factor)
+
+
+@needs_native
+def test_operator_registrations() -> None:
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.megatron_lite.gelu_cpu.default, (x, "tanh"))
+    torch.library.opcheck(torch.ops.megatron_lite.gelu_cpu_backward.default, (x.detach(), x.detach(), "none"))
+
+
+def test_strided_and_empty_inputs_and_independence_of_threads() -> None:
+    x = torch.randn(300, 400).t()
+    assert_same_bits([gelu(x)], [gelu(x.contiguous())])
+    assert gelu(torch.empty(0, 3)).shape == (0, 3)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_with_gradients(gelu, [x])
+        torch.set_num_threads(2)
+        two = run_with_gradients(gelu, [x])
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(one, two)
+
+
+def test_saves_only_its_input() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        gelu(x)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+
+
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(gelu, fullgraph=True, backend="aot_eager")
+    check_against_plain(compiled, gelu_reference, [torch.randn(6, 40)])
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match=r"gelu: x is \[3\] int64 on cpu; it takes bf16"):
+        gelu(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="gelu: approximate is 'erf'; it takes tanh or none"):
+        gelu(torch.ones(3), approximate="erf")
+    with pytest.raises(ValueError, match=r"kernels\.gelu=apex"):
+        gelu(torch.ones(3), backend="apex")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_values_are_the_identity_or_zero(dtype: torch.dtype) -> None:
-    x = torch.tensor([1e4, -1e4, 0.0], dtype=dtype)
-    assert gelu(x).abs().tolist() == [x[0].item(), 0.0, 0.0]
+@FORMS
+def test_large_values_are_the_identity_or_zero(dtype: torch.dtype, approximate: str) -> None:
+    x = torch.tensor([1e4, -1e4, 0.0], dtype=dtype, requires_grad=True)
+    out = gelu(x, approximate)
+    assert out.abs().tolist() == [x[0].item(), 0.0, 0.0]
+    assert torch.autograd.grad(out.sum(), x)[0].tolist() == [1.0, 0.0, 0.5]
 
 
-def test_gradcheck_in_float64() -> None:
-    assert torch.autograd.gradcheck(gelu, (torch.randn(3, 5, dtype=torch.float64, requires_grad=True),))
+@FORMS
+def test_gradcheck_in_float64(approximate: str) -> None:
+    op = partial(gelu, approximate=approximate, backend="reference")
+    assert torch.autograd.gradcheck(op, (torch.randn(3, 5, dtype=torch.float64, requires_grad=True),))
 
 
 def test_the_rule_tells_the_approximation_from_the_exact_function() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,9 @@ from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.topology import Layout
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.ops import linear_cross_entropy as module
-from megatron_lite.ops.linear_cross_entropy import (
-    IGNORED_TARGET,
-    VocabularyShard,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
-from tests.ops.oracle import assert_same_bits, assert_within
+from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET, VocabularyShard
+from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from tests.ops.oracle import assert_same_bits, assert_within, run_python
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 61
 Op = Callable[..., Tensor]
@@ -219,6 +217,83 @@ def test_strided_activations() -> None:
         torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saves_gradients", [True, False])
+@pytest.mark.parametrize("constants", [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)], ids=str)
+def test_label_smoothing_and_z_loss(
+    constants: tuple[float, float], saves_gradients: bool, dtype: torch.dtype, tokens_per_chunk: int
+) -> None:
+    x, weight, targets = inputs(dtype)
+    options = {"label_smoothing": constants[0], "z_loss": constants[1]}
+    actual = run(linear_cross_entropy, x, weight, targets, 0.3, saves_gradients=saves_gradients, **options)
+    plain = run(linear_cross_entropy_reference, x, weight, targets, 0.3, **options)
+    exact = run(linear_cross_entropy_reference, x.double(), weight.double(), targets, 0.3, **options)
+    unit = 1e-13 if dtype == torch.float64 else 2.0**-23
+    assert abs(actual[0] - exact[0]) <= 2 * abs(plain[0] - exact[0]) + unit * exact[0]
+    for name, a, p, e in zip(("x", "weight"), actual[1:], plain[1:], exact[1:], strict=True):
+        assert_within(name, a, p, e, factor=2.0)
+    without = run(linear_cross_entropy, x, weight, targets, 0.3)
+    assert abs(without[0] - exact[0]) > 1e-3 * exact[0], "the constants change nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_every_backend(backend: str, dtype: torch.dtype) -> None:
+    x, weight, targets = inputs(dtype)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    actual = run(linear_cross_entropy, x, weight, targets, backend=backend, **options)
+    plain = run(linear_cross_entropy_reference, x, weight, targets, **options)
+    exact = run(linear_cross_entropy_reference, x.double(), weight.double(), targets, **options)
+    for name, a, p, e in zip(("x", "weight"), actual[1:], plain[1:], exact[1:], strict=True):
+        assert_within(name, a, p, e, factor=2.0)
+
+
+BAD: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "weight of another width": ("weight is", lambda x, w, t: linear_cross_entropy(x, w[:, 1:], t)),
+    "weight of another dtype": ("weight is", lambda x, w, t: linear_cross_entropy(x, w.double(), t)),
+    "targets of another length": ("targets is", lambda x, w, t: linear_cross_entropy(x, w, t[1:])),
+    "targets in floats": ("targets is", lambda x, w, t: linear_cross_entropy(x, w, t.float())),
+    "activations of three dimensions": ("x is", lambda x, w, t: linear_cross_entropy(x[None], w, t)),
+    "a shard of too many rows": (
+        "shard is",
+        lambda x, w, t: linear_cross_entropy(x, w, t, shard=VocabularyShard(0, VOCABULARY + 1, VOCABULARY + 1)),
+    ),
+    "label smoothing": ("label_smoothing is 2", lambda x, w, t: linear_cross_entropy(x, w, t, label_smoothing=2)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case: str) -> None:
+    message, call = BAD[case]
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
+        call(*inputs(torch.float32))
+
+
+PEAK_MEMORY = """
+import re, sys, torch
+from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+op = {"ours": linear_cross_entropy, "plain": linear_cross_entropy_reference}[sys.argv[1]]
+x, weight = torch.randn(1024, 64).requires_grad_(), torch.randn(32_000, 64).requires_grad_()
+targets = torch.randint(32_000, (1024,))
+op(x[:8], weight, targets[:8]).backward()
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+op(x, weight, targets).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; ru_maxrss holds the peak of the parent, too")
+def test_the_logits_of_the_batch_never_exist() -> None:
+    """Peak memory is lower than plain torch's by more than the logits in float32, and grows by little more than a
+    chunk."""
+    ours, plain = (int(run_python("-c", PEAK_MEMORY, which)) for which in ("ours", "plain"))
+    logits_bytes = 1024 * 32_000 * 4
+    assert plain >= logits_bytes, "the measurement sees no logits"
+    assert plain - ours >= logits_bytes
+    assert ours <= 1.5 * module.CHUNK_BYTES + (16 << 20)
+
+
 # Sharded vocabularies
 
 ROWS = {"17 over two": (17, 2, 16), "an empty shard": (16, 2, 16), "17 over four, one empty": (17, 4, 8)}
@@ -231,7 +306,13 @@ def rows_of(vocabulary: int, rows: int, index: int) -> tuple[int, int]:
 
 
 def sharded_job(
-    vocabulary: int, rows: int, dtype: torch.dtype, saves_gradients: bool, counts_padding: bool
+    vocabulary: int,
+    rows: int,
+    dtype: torch.dtype,
+    saves_gradients: bool,
+    counts_padding: bool,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> list[Tensor]:
     """Loss, this rank's part of the gradient of x, and the gradient of its rows with the padding's."""
     size = torch.distributed.get_world_size()
@@ -247,15 +328,18 @@ def sharded_job(
         lambda values: collectives.all_reduce(values, axis, "max"),
         lambda values: collectives.all_reduce(values, axis, "sum"),
     )
-    return run(linear_cross_entropy, x, weight, targets, scale=0.7, shard=shard, saves_gradients=saves_gradients)
+    options = {"saves_gradients": saves_gradients, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return run(linear_cross_entropy, x, weight, targets, scale=0.7, shard=shard, **options)
 
 
+@pytest.mark.parametrize("constants", [(0.0, 0.0), (0.1, 1e-3)], ids=str)
 @pytest.mark.parametrize("case", ROWS)
-def test_a_sharded_vocabulary_equals_the_whole(pool: WorkerPool, case: str) -> None:
+def test_a_sharded_vocabulary_equals_the_whole(pool: WorkerPool, case: str, constants: tuple[float, float]) -> None:
     vocabulary, size, rows = ROWS[case]
-    loss, grad_x, grad_weight = run(linear_cross_entropy_reference, *inputs(torch.float64, vocabulary=vocabulary), 0.7)
-    results = pool.run(sharded_job, size, vocabulary, rows, torch.float64, True, False)
-    recomputed = pool.run(sharded_job, size, vocabulary, rows, torch.float64, False, False)
+    expected = functools.partial(linear_cross_entropy_reference, label_smoothing=constants[0], z_loss=constants[1])
+    loss, grad_x, grad_weight = run(expected, *inputs(torch.float64, vocabulary=vocabulary), 0.7)
+    results = pool.run(sharded_job, size, vocabulary, rows, torch.float64, True, False, *constants)
+    recomputed = pool.run(sharded_job, size, vocabulary, rows, torch.float64, False, False, *constants)
     for index, (result, again) in enumerate(zip(results, recomputed, strict=True)):
         assert_same_bits(result, again)
         start, count = rows_of(vocabulary, rows, index)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import native, rms_norm
-from megatron_lite.ops.rms_norm import rms_norm_reference
+from megatron_lite.ops import add_rms_norm, native, rms_norm
+from megatron_lite.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
+from tests.ops import norm_checks
 from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
 
 EPS = 1e-5
@@ -16,6 +17,12 @@ NATIVE_DTYPES = DTYPES[:3]
 
 needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
 kernel = functools.partial(rms_norm, eps=EPS)
+ADDITION = norm_checks.Subject(
+    "rms_norm",
+    functools.partial(add_rms_norm, eps=1e-5),
+    functools.partial(add_rms_norm_reference, eps=1e-5),
+    has_bias=False,
+)
 plain = functools.partial(rms_norm_reference, eps=EPS)
 
 
@@ -95,7 +102,7 @@ def test_a_row_does_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None
 
 
 @needs_native
-@pytest.mark.parametrize("isa", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
     """A set that this CPU lacks runs as the best below it, so that the test cannot be empty."""
@@ -115,13 +122,20 @@ def test_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("isa", range(4))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_of_a_16_bit_format_is_loaded_and_stored_right(dtype: torch.dtype) -> None:
-    """swiglu with a huge gate is the identity times the gate: 32 * up, which is exact, or infinite, or NaN."""
+def test_every_number_of_a_16_bit_format_is_loaded_and_stored_right(dtype: torch.dtype, isa: int) -> None:
+    """swiglu with a huge gate is the identity times the gate: 32 * up, which is exact, or infinite, or NaN.
+
+    The instruction of AVX512-BF16 that makes bf16 makes zeros of what is below the normal numbers.
+    """
     up = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     gate = torch.full_like(up, 32.0)
-    actual = torch.ops.megatron_lite_cpu.swiglu(torch.cat((gate, up)))
-    assert torch.equal(torch.nan_to_num(actual, nan=7.0), torch.nan_to_num(up * gate, nan=7.0))
+    actual = torch.ops.megatron_lite_cpu.swiglu(torch.cat((gate, up)), 0, isa)
+    expected = up * gate
+    if dtype == torch.bfloat16 and min(isa, torch.ops.megatron_lite_cpu.instruction_set()) == 3:
+        expected = torch.where(expected.abs() < torch.finfo(dtype).tiny, 0, expected)
+    assert torch.equal(torch.nan_to_num(actual, nan=7.0), torch.nan_to_num(expected, nan=7.0))
 
 
 @needs_native
@@ -186,3 +200,50 @@ def test_the_rule_catches_an_error_of_four_units(dtype: torch.dtype, wrong: str)
 
     with pytest.raises(AssertionError, match="output 0" if wrong == "output" else "gradient of input"):
         check_against_plain(Perturbed.apply, plain, inputs(3, 512, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_addition_is_as_exact_as_plain_torch(dtype: torch.dtype) -> None:
+    norm_checks.check_addition(ADDITION, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_addition_of_strided_and_of_no_rows(dtype: torch.dtype) -> None:
+    norm_checks.check_layouts(ADDITION, dtype)
+
+
+@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
+def test_addition_gives_the_same_bits_again(dtype: torch.dtype) -> None:
+    norm_checks.check_bits(ADDITION, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
+def test_addition_with_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
+    norm_checks.check_every_instruction_set(ADDITION, isa, dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operator_registrations_of_the_addition(dtype: torch.dtype) -> None:
+    norm_checks.check_registrations(ADDITION, dtype)
+
+
+def test_gradcheck_of_the_addition_in_float64() -> None:
+    inputs_of = [t.requires_grad_() for t in ADDITION.inputs((3, 7), torch.float64)]
+    assert torch.autograd.gradcheck(ADDITION.op, inputs_of)
+
+
+@needs_native
+def test_bad_input() -> None:
+    norm_checks.check_bad_input(ADDITION)
+
+
+def test_the_rule_catches_a_lost_gradient_and_a_forgotten_residual() -> None:
+    norm_checks.check_control(ADDITION)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_apex_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
+    norm_checks.check_apex(monkeypatch, ADDITION, torch.bfloat16, weight_dtype)

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
 from megatron_lite.ops import native, swiglu
-from megatron_lite.ops.swiglu import swiglu_reference
+from megatron_lite.ops.swiglu import ACTIVATIONS, swiglu_reference
 from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FORMS = pytest.mark.parametrize("activation", ACTIVATIONS)
 needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
+
+
+def form(activation: str) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    return partial(swiglu, activation=activation), partial(swiglu_reference, activation=activation)
 
 
 def gate_up(rows: int, half: int, dtype: torch.dtype, scale: float = 3.0) -> torch.Tensor:
@@ -16,27 +24,37 @@ def gate_up(rows: int, half: int, dtype: torch.dtype, scale: float = 3.0) -> tor
     return (torch.randn(rows, 2 * half) * scale).to(dtype)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "half"), [(1, 512), (3, 40), (4099, 59), (4, 111), (17, 1408)])
-def test_error_is_at_most_twice_that_of_plain_torch(rows: int, half: int, dtype: torch.dtype) -> None:
-    check_against_plain(swiglu, swiglu_reference, [gate_up(rows, half, dtype)])
+def test_error_is_at_most_twice_that_of_plain_torch(rows: int, half: int, dtype: torch.dtype, activation: str) -> None:
+    check_against_plain(*form(activation), [gate_up(rows, half, dtype)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", [0.0, 1e4, -1e4, 88.0, -88.0, -200.0])
-def test_saturated_gates(gate: float, dtype: torch.dtype) -> None:
+@FORMS
+def test_saturated_gates(gate: float, dtype: torch.dtype, activation: str) -> None:
     x = gate_up(2, 40, dtype, scale=1.0)  # 1e4 times this is still a number in fp16
     x[:, :40] = gate
-    results = run_with_gradients(swiglu, [x])
-    assert all(torch.isfinite(t).all() for t in results)
-    check_against_plain(swiglu, swiglu_reference, [x])
+    own, plain = form(activation)
+    assert all(torch.isfinite(t).all() for t in run_with_gradients(own, [x]))
+    check_against_plain(own, plain, [x])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
+@FORMS
+def test_nan_is_not_hidden(dtype: torch.dtype, activation: str) -> None:
     x = torch.ones(1, 80, dtype=dtype)
     x[0, 3] = torch.nan
-    assert swiglu(x).isnan().nonzero().tolist() == [[0, 3]]
+    assert swiglu(x, activation).isnan().nonzero().tolist() == [[0, 3]]
+
+
+def test_no_rows() -> None:
+    x = torch.empty(2, 0, 8, requires_grad=True)
+    out = swiglu(x)
+    out.sum().backward()
+    assert out.shape == (2, 0, 4) and x.grad is not None and x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,8 +79,9 @@ def test_deterministic_and_independent_of_threads_and_rows(dtype: torch.dtype) -
     assert_same_bits([one[0][:5].clone()], [swiglu(x[:5].clone())])
 
 
-def test_gradcheck_in_float64() -> None:
-    assert torch.autograd.gradcheck(swiglu, (gate_up(3, 5, torch.float64).requires_grad_(),))
+@FORMS
+def test_gradcheck_in_float64(activation: str) -> None:
+    assert torch.autograd.gradcheck(form(activation)[0], (gate_up(3, 5, torch.float64).requires_grad_(),))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,18 +94,42 @@ def test_saves_only_its_input(dtype: torch.dtype) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", [0, 1, 2], ids=["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa: int) -> None:
-    x = gate_up(5, 111, torch.float32)
-    actual = torch.ops.megatron_lite_cpu.swiglu(x, isa)
-    assert_within("out", actual, swiglu_reference(x), swiglu_reference(x.double()), factor=2.0)
+@FORMS
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
+def test_every_instruction_set(isa: int, dtype: torch.dtype, activation: str) -> None:
+    x, d_out = gate_up(5, 111, dtype), gate_up(5, 111, dtype)[:, 111:].contiguous()
+    number, operators = ACTIVATIONS.index(activation), torch.ops.megatron_lite_cpu
+    actual = operators.swiglu(x, number, isa), operators.swiglu_backward(d_out, x, number, isa)
+    results = []
+    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        out = swiglu_reference(leaf, activation)
+        results.append((out.detach(), torch.autograd.grad(out, leaf, d_out.to(out.dtype))[0]))
+    for name, factor, own, plain, exact in zip(("out", "d_gate_up"), (2.0, 3.0), actual, *results, strict=True):
+        assert_within(name, own, plain, exact, factor)
 
 
 @needs_native
 def test_operator_registrations() -> None:
     x = gate_up(6, 40, torch.float32).view(2, 3, 80).requires_grad_()
-    torch.library.opcheck(torch.ops.megatron_lite.swiglu_cpu.default, (x,))
-    torch.library.opcheck(torch.ops.megatron_lite.swiglu_cpu_backward.default, (x[..., :40].detach(), x.detach()))
+    operators = torch.ops.megatron_lite
+    torch.library.opcheck(operators.swiglu_cpu.default, (x, "gelu"))
+    torch.library.opcheck(operators.swiglu_cpu_backward.default, (x[..., :40].detach(), x.detach(), "gelu"))
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (torch.ones(3, 5), {}, r"swiglu: gate_up is \[3, 5\] fp32 on cpu; it takes \[\.\.\., 2F\]"),
+        (torch.ones(()), {}, "swiglu: gate_up is "),
+        (torch.ones(4, dtype=torch.int64), {}, r"swiglu: gate_up is \[4\] int64 .*it takes bf16"),
+        (torch.ones(4), {"activation": "tanh"}, "swiglu: activation is 'tanh'; it takes one of silu, gelu"),
+        (torch.ones(4), {"backend": "apex"}, "kernels.swiglu=apex"),
+    ],
+)
+def test_bad_input(x: torch.Tensor, arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        swiglu(x, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -136,7 +136,7 @@ def logits_of(
 
 
 def test_every_backend_is_tried() -> None:
-    assert {backend.name for backend in BACKENDS["attention"]} == {"reference", "sdpa"}
+    assert {backend.name for backend in BACKENDS["attention"]} == {"reference", "cpu", "sdpa", "triton", "cuda"}
 
 
 def test_the_samples_are_those_that_the_loader_makes(tmp_path: Path) -> None:

@@ -78,8 +78,15 @@ def transformers_config(name: str) -> Any:
         return transformers.MistralConfig(**shape, sliding_window=11, head_dim=24)
     if name == "qwen2":  # biases, and a window on the second half of the layers
         return transformers.Qwen2Config(**shape, use_sliding_window=True, sliding_window=11, max_window_layers=2)
+    if name == "llama-tied":  # and YaRN, and GeGLU
+        return transformers.LlamaConfig(
+            **shape, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh",
+            rope_parameters={
+                "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            },
+        )  # fmt: skip
     return transformers.LlamaConfig(
-        **shape, tie_word_embeddings=name == "llama-tied",
+        **shape,
         rope_parameters={
             "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16,

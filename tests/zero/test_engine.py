@@ -206,6 +206,31 @@ def test_gradients_of_a_step_begin_at_zero(pool: WorkerPool) -> None:
     assert torch.equal(first, second) and first.any()
 
 
+def clip_hard(precision: str) -> dict[str, Any]:
+    """Of one step: gradients before and after it, and the moments that it left, with and without clipping."""
+    found: dict[str, Any] = {}
+    for name, largest in (("clipped", 1e-3), ("whole", 0.0)):
+        config = config_of(f"optim.clip_grad_norm={largest}", f"train.precision={precision}", world_size=1)
+        training = start(config)
+        compute_gradients(training, batches(training, 0))
+        before = training.engine.whole_gradient("head.weight")
+        norm, _ = apply_gradients(training)
+        moment = training.optimizer_states["head"].first.clone()
+        found[name] = before, training.engine.whole_gradient("head.weight"), moment, norm
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_clipping_is_in_the_update_and_leaves_the_gradients(pool: WorkerPool, precision: str) -> None:
+    (found,) = pool.run(clip_hard, 1, precision)
+    for before, after, _, _ in found.values():
+        assert torch.equal(before, after) and before.any()
+    (_, _, clipped, norm), (_, _, whole, _) = found["clipped"], found["whole"]
+    factor = 1e-3 / (norm + 1e-6)
+    assert factor < 0.01
+    torch.testing.assert_close(clipped, whole * factor, rtol=1e-6, atol=0)
+
+
 def unknown_name() -> str:
     training = start(config_of(world_size=1))
     with pytest.raises(KeyError) as caught:

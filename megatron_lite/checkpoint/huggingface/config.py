@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from megatron_lite.checkpoint.huggingface.families import CONFIGS, FULL, REQUIRED, SCALING_KEYS, SLIDING
 from megatron_lite.checkpoint.tensor_files import CheckpointError, read_json
 from megatron_lite.config.schema import ModelConfig
+from megatron_lite.models.positions import ntk_theta
 
 CONFIG_FILE = "config.json"
 _FLOATS = ("norm_eps", "init_std", "rope_theta")
@@ -41,13 +43,15 @@ def config_to_hf(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     transformers 4 and 5 read it: version 5 has moved the rotary keys into ``rope_parameters`` and the layers with a
     sliding window into ``layer_types``, and both places are filled.
     """
-    family = CONFIGS[model.family]
+    model, family = without_ntk(model), CONFIGS[model.family]
+    activation_key, activations = family.activations
     written: dict[str, Any] = {
         "architectures": [family.architectures[0]],
         "model_type": model.family,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         **{theirs: getattr(model, ours) for ours, (theirs, _) in family.keys.items()},
+        activation_key: activations[model.activation][0],
         **{key: values[0] for key, values in family.settings.items()},
         **family.written,
     }
@@ -76,6 +80,7 @@ def _model_section(config: dict[str, Any], path: Path) -> dict[str, Any]:
     ]
     for ours, (theirs, absent) in family.keys.items():
         section[ours] = _number(ours, config.get(theirs, absent))
+    problems += _read_activation(config, section)
     for key, accepted in family.settings.items():
         if config.get(key, accepted[0]) not in accepted:
             problems.append(f"{key} is {config[key]!r}, and this model computes {accepted[0]!r}")
@@ -105,6 +110,25 @@ def _family_of(config: dict[str, Any], path: Path) -> str:
     )
 
 
+def _read_activation(config: dict[str, Any], section: dict[str, Any]) -> list[str]:
+    key, activations = CONFIGS[section["family"]].activations
+    by_their_name = {name: ours for ours, names in activations.items() for name in names}
+    value = config.get(key, next(iter(by_their_name)))
+    if value not in by_their_name:
+        return [f"{key} is {value!r}, and this model computes {', '.join(by_their_name)}"]
+    section["activation"] = by_their_name[value]
+    return []
+
+
+def without_ntk(model: ModelConfig) -> ModelConfig:
+    """The same function said without rope_scaling.type=ntk, for which transformers has no name: it is a rope_theta."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "ntk":
+        return model
+    theta = ntk_theta(model.rope_theta, scaling.factor, model.head_dim)
+    return model.model_copy(update={"rope_theta": theta, "rope_scaling": None})
+
+
 def _read_rotary(config: dict[str, Any], section: dict[str, Any]) -> list[str]:
     """Fills in the rotary keys, from where transformers 4 or 5 writes them; returns what is wrong with them."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -117,8 +141,12 @@ def _read_rotary(config: dict[str, Any], section: dict[str, Any]) -> list[str]:
     if kind == "default":
         return problems
     if kind not in SCALING_KEYS:
-        known = " and ".join(SCALING_KEYS)
+        known = ", ".join(SCALING_KEYS)
         return [*problems, f"rope_scaling is of type {kind!r}, and this model has {known}"]
+    if kind == "yarn":
+        if scaling.get("truncate") is False:
+            return [*problems, "rope_scaling.truncate is False, and this model ends the ramp at whole pairs"]
+        scaling = _complete_yarn(scaling, section["max_seq_len"])
     keys = SCALING_KEYS[kind]
     missing = [theirs for theirs in keys.values() if not isinstance(scaling.get(theirs), int | float)]
     if missing:
@@ -128,6 +156,19 @@ def _read_rotary(config: dict[str, Any], section: dict[str, Any]) -> list[str]:
         for ours, theirs in keys.items()
     }
     return problems
+
+
+def _complete_yarn(scaling: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+    """The parameters of YaRN with what may be left out, as transformers computes it."""
+    given = {key: value for key, value in scaling.items() if value}  # null and 0 are as if left out
+    plain = {"original_max_position_embeddings": max_seq_len, "beta_fast": 32.0, "beta_slow": 1.0}
+    factor = given.get("factor")
+    if "attention_factor" not in given and isinstance(factor, int | float):
+        growth = 0.1 * math.log(max(1.0, factor))
+        has_both = "mscale" in given and "mscale_all_dim" in given
+        above, below = (float(given["mscale"]), float(given["mscale_all_dim"])) if has_both else (1.0, 0.0)
+        plain["attention_factor"] = (above * growth + 1) / (below * growth + 1)
+    return plain | given
 
 
 def _read_window(config: dict[str, Any], section: dict[str, Any]) -> list[str]:

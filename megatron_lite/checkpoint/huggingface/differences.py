@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_lite.checkpoint.huggingface.config import CONFIG_FILE, read_model
+from megatron_lite.checkpoint.huggingface.config import CONFIG_FILE, read_model, without_ntk
 from megatron_lite.checkpoint.huggingface.families import CONFIGS, SCALING_KEYS
 from megatron_lite.config.problems import ConfigError, Problem, override
 from megatron_lite.config.schema import ModelConfig
@@ -14,7 +14,7 @@ from megatron_lite.config.schema import ModelConfig
 
 def check_matches(folder: str | Path, model: ModelConfig) -> None:
     """Raises ConfigError, with every difference, if the checkpoint in ``folder`` is not of the model ``model``."""
-    found = read_model(folder)
+    found, model = read_model(folder), without_ntk(model)
     differing = _differing(model, found)
     problems = [_difference(key, getattr(model, key), getattr(found, key)) for key in differing]
     problems += [_no_longer_derived(key, getattr(found, key)) for key in _moved_by_fixes(model, found, differing)]
@@ -54,7 +54,7 @@ def _no_longer_derived(key: str, value: Any) -> Problem:
 
 def _difference(key: str, ours: Any, theirs: Any) -> Problem:
     plain = [value.model_dump() if hasattr(value, "model_dump") else value for value in (ours, theirs)]
-    is_choice = key in ("norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_window_from")
+    is_choice = key in ("norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_window_from", "activation")
     return Problem(
         f"model.{key}",
         plain[0],

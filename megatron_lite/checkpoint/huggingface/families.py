@@ -13,6 +13,7 @@ class FamilyConfig:
     """How a family's config.json reads.
 
     keys: our key -> (theirs, the value that its absence means to transformers, or REQUIRED).
+    activations: their key, and our activation -> their names for it, of which the first is what is written.
     settings: their key -> the values with which the model computes what ours does; the first is what absence means,
         and what is written.
     written: keys that are written and not read.
@@ -21,6 +22,7 @@ class FamilyConfig:
 
     architectures: tuple[str, ...]
     keys: dict[str, tuple[str, Any]]
+    activations: tuple[str, dict[str, tuple[str, ...]]]
     settings: dict[str, tuple[Any, ...]]
     written: dict[str, Any]
     free: frozenset[str]
@@ -38,7 +40,7 @@ _ROTARY_KEYS = {
     "tie_embeddings": ("tie_word_embeddings", False),
     "init_std": ("initializer_range", 0.02),
 }
-_SILU = ("silu", "swish")
+_GATES = ("hidden_act", {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh", "gelu_new"), "reglu": ("relu",)})
 # A rotary model takes any length, and initial weights are replaced.
 _ROTARY_FREE = frozenset({"init_std", "max_seq_len"})
 
@@ -47,7 +49,8 @@ CONFIGS = {
         architectures=("LlamaForCausalLM", "LlamaModel"),
         keys=_ROTARY_KEYS
         | {"num_kv_heads": ("num_key_value_heads", None), "max_seq_len": ("max_position_embeddings", 2048)},
-        settings={"hidden_act": _SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+        activations=_GATES,
+        settings={"attention_bias": (False,), "mlp_bias": (False,)},
         written={"attention_dropout": 0.0},
         free=_ROTARY_FREE,
     ),
@@ -59,7 +62,8 @@ CONFIGS = {
             "max_seq_len": ("max_position_embeddings", 4096 * 32),
             "sliding_window": ("sliding_window", 4096),
         },
-        settings={"hidden_act": _SILU},
+        activations=_GATES,
+        settings={},
         written={"attention_dropout": 0.0},
         free=_ROTARY_FREE,
     ),
@@ -67,7 +71,8 @@ CONFIGS = {
         architectures=("Qwen2ForCausalLM", "Qwen2Model"),
         keys=_ROTARY_KEYS
         | {"num_kv_heads": ("num_key_value_heads", 32), "max_seq_len": ("max_position_embeddings", 32768)},
-        settings={"hidden_act": _SILU},
+        activations=_GATES,
+        settings={},
         written={"attention_dropout": 0.0},
         free=_ROTARY_FREE,
     ),
@@ -84,8 +89,8 @@ CONFIGS = {
             "tie_embeddings": ("tie_word_embeddings", True),
             "init_std": ("initializer_range", 0.02),
         },
+        activations=("activation_function", {"gelu": ("gelu_new", "gelu_pytorch_tanh"), "gelu_erf": ("gelu",)}),
         settings={
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
@@ -95,7 +100,7 @@ CONFIGS = {
     ),
 }
 
-# Ours -> theirs, inside rope_scaling.
+# Ours -> theirs, inside rope_scaling. A model with ntk is written with the rope_theta that comes out.
 SCALING_KEYS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -103,6 +108,13 @@ SCALING_KEYS = {
         "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
         "original_max_seq_len": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
     },
 }
 SLIDING, FULL = "sliding_attention", "full_attention"

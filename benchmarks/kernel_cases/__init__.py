@@ -1,0 +1,1 @@
+"""The cases of benchmarks/kernels.py: one module for each op."""

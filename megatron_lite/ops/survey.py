@@ -1,0 +1,60 @@
+"""What there is on this machine for the kernels to run on, in words. For `megatron-lite doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from megatron_lite.ops import native
+
+
+def environment() -> dict[str, str]:
+    """What is installed and built: name -> what it is, or why it is not there."""
+    cpu = native.missing_cpu()
+    return {
+        "Python": platform.python_version(),
+        "torch": f"{torch.__version__}, {_torch_cuda()}",
+        "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "CPU kernels": cpu or f"built; they run with {native.instruction_set()}",
+        "CUDA C++ kernels": native.missing_cuda() or "built",
+        "Triton": _version("triton") + (f"; unused: {missing}" if (missing := native.missing_triton()) else ""),
+        "apex": native.missing_apex_norms() or native.missing_apex_adam() or "usable",
+        "data index": native.build_report().get("index") or "built",
+        "GPU": _gpus(),
+    }
+
+
+def defects() -> list[str]:
+    """What should be mended: a library that does not load, a GPU whose kernels are not there."""
+    found = []
+    cpu, cuda = native.missing_cpu(), native.missing_cuda()
+    if cpu is not None and native.LIBRARY.exists():
+        found.append(cpu)
+    if torch.cuda.is_available():
+        found += [f"there is a GPU, and yet: {missing}" for missing in (cuda, native.missing_triton()) if missing]
+    return found
+
+
+def _torch_cuda() -> str:
+    return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch sees"
+    count = torch.cuda.device_count()
+    found = {f"{torch.cuda.get_device_name(i)} (sm_{_capability(i)})" for i in range(count)}
+    return f"{count} x {', '.join(sorted(found))}"
+
+
+def _capability(device: int) -> str:
+    return "".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
