@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_lite.ops import attention_kernels, checks, dispatch
 from megatron_lite.ops.attention_sdpa import attention_sdpa, visible
+from megatron_lite.ops.precision import wide_dtype
 
 # Fewer queries than this are the business of torch's kernel on a CPU: ours lays all keys out anew for each call.
 FEW_QUERIES = 8
@@ -180,7 +181,7 @@ def attention_lse_reference(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification of `attention` with `return_lse`, in plain torch."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     num_queries, num_keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q_BHSD = q.to(wide).transpose(1, 2)
     k_BHSD = k.to(wide).transpose(1, 2).repeat_interleave(group, dim=1)

@@ -31,9 +31,9 @@ from megatron_lite.ops.cross_entropy_shard import (
     VocabularyShard,
     local_statistics,
     reduced_losses,
-    wide,
     write_gradient,
 )
+from megatron_lite.ops.precision import wide
 
 _Triple = tuple[Tensor, Tensor, Tensor]
 

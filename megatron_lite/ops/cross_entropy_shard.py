@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.ops import native
+from megatron_lite.ops.precision import wide
 
 IGNORED_TARGET = -100
 
@@ -98,11 +99,6 @@ def write_gradient(
     """
     constants = (shard.start, shard.size, shard.vocab_size, label_smoothing, z_loss)
     _GRADIENTS[backend](logits, targets, statistics.maxima, statistics.sums, upstream, *constants, gradient)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype of the statistics."""
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _local_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.ops import checks, dispatch, native
+from megatron_lite.ops.precision import wide
 from megatron_lite.ops.swiglu import ACTIVATIONS
 
 _NUMBERS = {"tanh": ACTIVATIONS.index("gelu"), "none": ACTIVATIONS.index("gelu_erf")}
@@ -41,11 +42,11 @@ def gelu(x: Tensor, approximate: str = "tanh", backend: str = "auto") -> Tensor:
 
 def gelu_reference(x: Tensor, approximate: str = "tanh") -> Tensor:
     """The specification of `gelu`, in plain torch."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x_wide = wide(x)
     if approximate == "none":
-        return (0.5 * wide * (1.0 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype)
-    inner = math.sqrt(2.0 / math.pi) * (wide + 0.044715 * wide * wide * wide)
-    return (0.5 * wide * (1.0 + torch.tanh(inner))).to(x.dtype)
+        return (0.5 * x_wide * (1.0 + torch.erf(x_wide * math.sqrt(0.5)))).to(x.dtype)
+    inner = math.sqrt(2.0 / math.pi) * (x_wide + 0.044715 * x_wide * x_wide * x_wide)
+    return (0.5 * x_wide * (1.0 + torch.tanh(inner))).to(x.dtype)
 
 
 def _forward_cpu(x: Tensor, approximate: str) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lite.ops import dispatch, native, norm_kernels
+from megatron_lite.ops.precision import wide
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -65,10 +66,10 @@ def add_layer_norm(
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The specification of `layer_norm`, in plain torch."""
-    wide = _wide(x)
-    centred = wide - wide.mean(dim=-1, keepdim=True)
+    x_wide = wide(x)
+    centred = x_wide - x_wide.mean(dim=-1, keepdim=True)
     normalised = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
-    return (normalised * _wide(weight) + _wide(bias)).to(x.dtype)
+    return (normalised * wide(weight) + wide(bias)).to(x.dtype)
 
 
 def add_layer_norm_reference(
@@ -87,14 +88,10 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """torch's own kernel: y, and the mean and the reciprocal of the deviation of each row."""
     # On the CPU torch keeps the statistics in the weight's dtype, on CUDA in fp32 with a weight of x's dtype.
-    kernel_weight, kernel_bias = (_wide(t) if x.device.type == "cpu" else t.to(x.dtype) for t in (weight, bias))
+    kernel_weight, kernel_bias = (wide(t) if x.device.type == "cpu" else t.to(x.dtype) for t in (weight, bias))
     return torch.native_layer_norm(x, weight.shape, kernel_weight, kernel_bias, eps)
 
 
@@ -110,12 +107,12 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         dy = grads[0]
-        kernel_weight = _wide(weight) if x.device.type == "cpu" else weight.to(x.dtype)
+        kernel_weight = wide(weight) if x.device.type == "cpu" else weight.to(x.dtype)
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             *(dy, x, weight.shape, mean, rstd, kernel_weight, kernel_weight, [True, False, False])
         )
-        d_rows = _wide(dy).reshape(-1, weight.numel())
-        normalised = _wide(x).sub(mean).mul_(rstd).view(d_rows.shape)
+        d_rows = wide(dy).reshape(-1, weight.numel())
+        normalised = wide(x).sub(mean).mul_(rstd).view(d_rows.shape)
         dweight = normalised.mul_(d_rows).sum(dim=0)
         return dx, dweight.to(weight.dtype), d_rows.sum(dim=0).to(weight.dtype), None
 

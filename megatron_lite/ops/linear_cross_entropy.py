@@ -28,9 +28,9 @@ from megatron_lite.ops.cross_entropy_shard import (
     VocabularyShard,
     local_statistics,
     reduced_losses,
-    wide,
     write_gradient,
 )
+from megatron_lite.ops.precision import wide, wide_dtype
 
 CHUNK_BYTES = 32 << 20  # of logits at a time. Larger chunks only cost memory: the products are at peak by then.
 
@@ -160,7 +160,7 @@ class _Gradients:
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.x = torch.empty_like(x)
-        accumulation = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulation = wide_dtype(x.dtype)
         make = torch.empty if x.shape[0] else torch.zeros
         self.weight = make(weight.shape, dtype=accumulation, device=weight.device)
         self._is_empty = True

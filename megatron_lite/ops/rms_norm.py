@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lite.ops import dispatch, native, norm_kernels
+from megatron_lite.ops.precision import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -58,9 +59,9 @@ def add_rms_norm(
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The specification of `rms_norm`, in plain torch."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * rstd * weight.to(wide.dtype)).to(x.dtype)
+    x_wide = wide(x)
+    rstd = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (x_wide * rstd * weight.to(x_wide.dtype)).to(x.dtype)
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

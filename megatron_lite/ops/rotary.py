@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_lite.ops import checks, dispatch, native
+from megatron_lite.ops.precision import wide_dtype
 from megatron_lite.ops.split_projections import split_projections_reference
 
 _Pair = tuple[Tensor, Tensor]
@@ -114,7 +115,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         is_alike = x.dim() == 4 and x.shape[:2] == q.shape[:2] and x.shape[-1] == q.shape[-1]
         checks.require(is_alike, "rotary", name, x, "[B, S, heads, D], with B, S and D the same in q and k")
     checks.require_alike("rotary", "q", q, k=k)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     for name, angles in (("cos", cos), ("sin", sin)):
         batch, tokens, _, dim = q.shape
         fits = angles.dim() == 3 and angles.shape[0] in (1, batch) and angles.shape[1] == tokens

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lite.ops import checks, dispatch, native
+from megatron_lite.ops.precision import wide
 
 ACTIVATIONS = ("silu", "gelu", "relu", "gelu_erf")
 """In the order of csrc/common/activation.h."""
@@ -47,7 +48,7 @@ def swiglu(gate_up: Tensor, activation: str = "silu", backend: str = "auto") -> 
 
 def swiglu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """The specification of `swiglu`, in plain torch."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
     return (activate(gate, activation) * up).to(gate_up.dtype)
 
 
@@ -58,10 +59,6 @@ def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu" else "none")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 class _Recomputing(torch.autograd.Function):
