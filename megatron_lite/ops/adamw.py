@@ -219,8 +219,7 @@ def _cpu(weights: Tensor, *arguments: object) -> None:
 
 
 def _cuda(weights: Tensor, *arguments: object) -> None:
-    with torch.cuda.device(weights.device):
-        torch.ops.megatron_lite_cuda.adamw(weights, *arguments, torch.cuda.current_stream().cuda_stream)
+    native.run_cuda("adamw", weights, *arguments)
 
 
 def _triton(
@@ -233,12 +232,11 @@ def _triton(
     *coefficients: float,
 ) -> None:
     slices = list(zip(undecayed[::2], undecayed[1::2], strict=True))
-    with torch.cuda.device(weights.device):
-        for where, decays in runs(weights.numel(), slices):
-            memory = (weights[where], first[where], second[where], gradients[where])
-            rounded = None if parameters is None else parameters[where]
-            decay = coefficients[-1] if decays else 0.0
-            native.triton_kernels("adamw").update(*memory, rounded, *coefficients[:-1], decay)
+    for where, decays in runs(weights.numel(), slices):
+        memory = (weights[where], first[where], second[where], gradients[where])
+        rounded = None if parameters is None else parameters[where]
+        decay = coefficients[-1] if decays else 0.0
+        native.run_triton("adamw", "update", *memory, rounded, *coefficients[:-1], decay)
 
 
 _OPERATORS: dict[str, tuple[str, Callable[..., None]]] = {

@@ -125,28 +125,22 @@ def _forward_triton(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, slopes: Tensor | None,
     scale: float, causal: bool, window: int, deterministic: bool,
 ) -> _Tensors:  # fmt: skip
-    with torch.cuda.device(q.device):
-        return native.triton_kernels("attention").forward(q, k, v, bounds, slopes, scale, causal, window)
+    return native.run_triton("attention", "forward", q, k, v, bounds, slopes, scale, causal, window)
 
 
 def _backward_triton(d_out: Tensor, *others: Any) -> _Tensors:
-    with torch.cuda.device(d_out.device):
-        return native.triton_kernels("attention").backward(d_out, *others)
+    return native.run_triton("attention", "backward", d_out, *others)
 
 
 def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, slopes: Tensor | None,
     scale: float, causal: bool, window: int, deterministic: bool,
 ) -> _Tensors:  # fmt: skip
-    with torch.cuda.device(q.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.attention(q, k, v, bounds, slopes, scale, causal, window, stream)
+    return native.run_cuda("attention", q, k, v, bounds, slopes, scale, causal, window)
 
 
 def _backward_cuda(d_out: Tensor, *others: Any) -> _Tensors:
-    with torch.cuda.device(d_out.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.attention_backward(d_out, *others, stream)
+    return native.run_cuda("attention_backward", d_out, *others)
 
 
 def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> _Tensors:

@@ -48,13 +48,11 @@ def _cpu(values: Tensor) -> Tensor:
 
 
 def _cuda(values: Tensor) -> Tensor:
-    with torch.cuda.device(values.device):
-        return torch.ops.megatron_lite_cuda.block_squares(values, torch.cuda.current_stream().cuda_stream)
+    return native.run_cuda("block_squares", values)
 
 
 def _triton(values: Tensor) -> Tensor:
-    with torch.cuda.device(values.device):
-        return native.triton_kernels("block_squares").sums(values)
+    return native.run_triton("block_squares", "sums", values)
 
 
 def _fake(values: Tensor) -> Tensor:

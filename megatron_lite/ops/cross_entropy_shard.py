@@ -162,29 +162,21 @@ def _gradient_cpu(logits: Tensor, targets: Tensor, maxima: Tensor, sums: Tensor,
 
 
 def _statistics_cuda(logits: Tensor, targets: Tensor, start: int, size: int) -> Tensor:
-    kernel = torch.ops.megatron_lite_cuda.cross_entropy_statistics
-    with torch.cuda.device(logits.device):
-        return kernel(logits, targets, start, size, IGNORED_TARGET, torch.cuda.current_stream().cuda_stream)
+    return native.run_cuda("cross_entropy_statistics", logits, targets, start, size, IGNORED_TARGET)
 
 
 def _gradient_cuda(logits: Tensor, targets: Tensor, maxima: Tensor, sums: Tensor, upstream: Tensor, *rest: Any) -> None:
-    kernel = torch.ops.megatron_lite_cuda.cross_entropy_gradient
-    with torch.cuda.device(logits.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        kernel(logits, targets, maxima, sums, upstream, IGNORED_TARGET, *rest, stream)
+    native.run_cuda("cross_entropy_gradient", logits, targets, maxima, sums, upstream, IGNORED_TARGET, *rest)
 
 
 def _statistics_triton(logits: Tensor, targets: Tensor, start: int, size: int) -> Tensor:
-    with torch.cuda.device(logits.device):
-        return native.triton_kernels("cross_entropy").statistics(logits, targets, start, size, IGNORED_TARGET)
+    return native.run_triton("cross_entropy", "statistics", logits, targets, start, size, IGNORED_TARGET)
 
 
 def _gradient_triton(
     logits: Tensor, targets: Tensor, maxima: Tensor, sums: Tensor, upstream: Tensor, *rest: Any
 ) -> None:
-    with torch.cuda.device(logits.device):
-        kernels = native.triton_kernels("cross_entropy")
-        kernels.gradient(logits, targets, maxima, sums, upstream, IGNORED_TARGET, *rest)
+    native.run_triton("cross_entropy", "gradient", logits, targets, maxima, sums, upstream, IGNORED_TARGET, *rest)
 
 
 _STATISTICS: Mapping[str, Callable[[Tensor, Tensor, int, int], Tensor]] = {

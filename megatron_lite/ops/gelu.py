@@ -58,25 +58,19 @@ def _backward_cpu(d_out: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 
 def _forward_cuda(x: Tensor, approximate: str) -> Tensor:
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.gelu(x, _NUMBERS[approximate], stream)
+    return native.run_cuda("gelu", x, _NUMBERS[approximate])
 
 
 def _backward_cuda(d_out: Tensor, x: Tensor, approximate: str) -> Tensor:
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.gelu_backward(d_out, x, _NUMBERS[approximate], stream)
+    return native.run_cuda("gelu_backward", d_out, x, _NUMBERS[approximate])
 
 
 def _forward_triton(x: Tensor, approximate: str) -> Tensor:
-    with torch.cuda.device(x.device):
-        return native.triton_kernels("gelu").forward(x, ACTIVATIONS[_NUMBERS[approximate]])
+    return native.run_triton("gelu", "forward", x, ACTIVATIONS[_NUMBERS[approximate]])
 
 
 def _backward_triton(d_out: Tensor, x: Tensor, approximate: str) -> Tensor:
-    with torch.cuda.device(x.device):
-        return native.triton_kernels("gelu").backward(d_out, x, ACTIVATIONS[_NUMBERS[approximate]])
+    return native.run_triton("gelu", "backward", d_out, x, ACTIVATIONS[_NUMBERS[approximate]])
 
 
 def _fake_forward(x: Tensor, approximate: str) -> Tensor:

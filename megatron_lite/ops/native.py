@@ -157,6 +157,18 @@ def _missing_gpu() -> str | None:
     return None
 
 
+def run_cuda(name: str, *arguments: Any) -> Any:
+    """megatron_lite_cuda::<name> of the arguments and the current stream, on the device of the first argument."""
+    with torch.cuda.device(arguments[0].device):
+        return getattr(torch.ops.megatron_lite_cuda, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def run_triton(op: str, function: str, *arguments: Any) -> Any:
+    """A function of csrc/<op>/triton.py, on the device of the first argument."""
+    with torch.cuda.device(arguments[0].device):
+        return getattr(triton_kernels(op), function)(*arguments)
+
+
 @functools.cache
 def triton_kernels(op: str) -> ModuleType:
     """csrc/<op>/triton.py, which is installed as `megatron_lite._csrc.<op>.triton`."""

@@ -52,15 +52,8 @@ def bare_cpu(name: str, *arguments: Any) -> tuple[Tensor, ...]:
     return getattr(torch.ops.megatron_lite_cpu, name)(*arguments)
 
 
-def _cuda(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    with torch.cuda.device(arguments[0].device):
-        return getattr(torch.ops.megatron_lite_cuda, name)(*arguments, torch.cuda.current_stream().cuda_stream)
-
-
 def _triton(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-    kernels = native.triton_kernels("layer_norm" if "layer_norm" in name else "rms_norm")
-    with torch.cuda.device(arguments[0].device):
-        return getattr(kernels, name)(*arguments)
+    return native.run_triton("layer_norm" if "layer_norm" in name else "rms_norm", name, *arguments)
 
 
 def register(norm: str, adds: bool) -> None:
@@ -98,7 +91,7 @@ def register(norm: str, adds: bool) -> None:
         native.define_operator(schema, dispatch_key, _named(run, f"{name}_backward"), fake_backward)
 
     define("cpu", "CPU", bare_cpu)
-    define("cuda", "CUDA", _cuda)
+    define("cuda", "CUDA", native.run_cuda)
     define("triton", "CUDA", _triton)
 
 

@@ -159,12 +159,10 @@ def _into(
     arguments = (q, k, cos, sin, interleaved, inverse, *outputs)
     if backend == "cpu":
         torch.ops.megatron_lite_cpu.rotary(*arguments)
-        return
-    with torch.cuda.device(q.device):
-        if backend == "triton":
-            native.triton_kernels("rotary").rotate(*arguments)
-        else:
-            torch.ops.megatron_lite_cuda.rotary(*arguments, torch.cuda.current_stream().cuda_stream)
+    elif backend == "triton":
+        native.run_triton("rotary", "rotate", *arguments)
+    else:
+        native.run_cuda("rotary", *arguments)
 
 
 def _rotated(backend: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> _Pair:

@@ -89,25 +89,19 @@ def _backward_cpu(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
 
 
 def _forward_cuda(gate_up: Tensor, activation: str) -> Tensor:
-    with torch.cuda.device(gate_up.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.swiglu(gate_up, ACTIVATIONS.index(activation), stream)
+    return native.run_cuda("swiglu", gate_up, ACTIVATIONS.index(activation))
 
 
 def _backward_cuda(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    with torch.cuda.device(gate_up.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        return torch.ops.megatron_lite_cuda.swiglu_backward(d_out, gate_up, ACTIVATIONS.index(activation), stream)
+    return native.run_cuda("swiglu_backward", d_out, gate_up, ACTIVATIONS.index(activation))
 
 
 def _forward_triton(gate_up: Tensor, activation: str) -> Tensor:
-    with torch.cuda.device(gate_up.device):
-        return native.triton_kernels("swiglu").forward(gate_up, activation)
+    return native.run_triton("swiglu", "forward", gate_up, activation)
 
 
 def _backward_triton(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    with torch.cuda.device(gate_up.device):
-        return native.triton_kernels("swiglu").backward(d_out, gate_up, activation)
+    return native.run_triton("swiglu", "backward", d_out, gate_up, activation)
 
 
 def _fake_forward(gate_up: Tensor, activation: str) -> Tensor:
