@@ -7,10 +7,17 @@ usage() {
 usage: bash benchmarks/gpu.sh [--out FOLDER] [--limit SECONDS] [--only PART...] [--smoke]
 
 Needs a Python with torch (a CUDA build) and Triton, and nvcc for the CUDA C++ kernels. What else the package needs is
-installed if it can be: from the folder of wheels that WHEELS names, else from the network. A part that fails is in the
-report, and the others run. Writes gpu.json and gpu.md to FOLDER (build/gpu).
+installed if it can be: from the folder of wheels that WHEELS names, else from the network.
 
-PYTHON names the Python to use. --smoke runs everything that runs without a GPU, on the CPU and small.
+Writes gpu.json (after each part) and gpu.md to FOLDER (build/gpu). Each part has a share of the time, 525 seconds by
+default; one that fails or is cut off is in the report, and the others run. What is not installed and not ours (apex,
+cuDNN's attention, compute-sanitizer) is "not here". `python benchmarks/gpu.py --help` lists the parts and their shares.
+
+Exit codes: 0 all is well, 1 something failed or was cut off, 2 there is no torch or an argument is wrong, 143 it was
+ended by SIGTERM (gpu.json and gpu.md have what was done until then).
+
+PYTHON names the Python to use. --smoke runs everything that runs without a GPU, on the CPU and small; try it first:
+  bash benchmarks/gpu.sh --smoke --only environment ceilings training
 HELP
 }
 

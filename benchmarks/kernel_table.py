@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks.kernel_timing import Timing
+from benchmarks.kernel_timing import OURS, Timing
 
 COLUMNS = ("op", "shape", "dtype", "", "ms", "others, ms", "best / ours", "achieved", "of this machine's")
 
 
 def rows_of(timing: Timing, copy_bytes_per_s: float, product: Callable[[str], float]) -> list[tuple[str, ...]]:
-    """A line for each contender of ours: how it compares to the best of the others, and what it achieves."""
+    """A line for each contender of ours: how it compares to the best of the others, and what it achieves; or that it
+    failed."""
     others = [f"{name} {_ms(timing.median_s(name))}" for name in timing.seconds if name not in timing.ours]
-    others += [f"{name} did not run" for name in timing.failed]
+    others += [f"{name} failed" for name in timing.failed if not name.startswith(OURS)]
+    others += [f"{name} not here" for name in timing.not_here]
     head, rows = (timing.op, timing.label, timing.dtype), []
     for name in timing.ours:
         seconds, ratio = timing.median_s(name), timing.ratio(name)
@@ -24,7 +26,8 @@ def rows_of(timing: Timing, copy_bytes_per_s: float, product: Callable[[str], fl
             achieved, share = f"{rate / 1e9:.1f} GB/s", f"copy {rate / copy_bytes_per_s:.0%}"
         compared = "-" if ratio is None else f"{ratio:.2f}"
         rows.append((*head, name, _ms(seconds), ", ".join(others), compared, achieved, share))
-    return rows or [(*head, "none ran", "-", ", ".join(others), "-", "-", "-")]
+    failed = [name for name in timing.failed if name.startswith(OURS)]
+    return rows + [(*head, name, "failed", ", ".join(others), "-", "-", "-") for name in failed]
 
 
 def _ms(seconds: float) -> str:

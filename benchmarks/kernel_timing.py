@@ -26,12 +26,15 @@ CPU_SAMPLE_S = 0.02  # a shorter sample says more of the clock than of the kerne
 ENQUEUE_CYCLES = 4_000_000  # some 2 ms: Python and autograd take a good part of one
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 PRODUCT_SIZE = {"cpu": 1536, "cuda": 8192}
+# What PyTorch says of a kernel that it does not have, and ops/dispatch.py of a backend that is not installed.
+NOT_HERE = ("No available kernel", "not implemented for", "cannot run for")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run of each contender, round by round; and why others did not run."""
+    """Seconds of one run of each contender, round by round; why one failed; and why one of the others is not here: it
+    is not installed, or does not have this kernel on this device."""
 
     op: str
     label: str
@@ -40,6 +43,7 @@ class Timing:
     flops: int
     seconds: Mapping[str, Sequence[float]]
     failed: Mapping[str, str]
+    not_here: Mapping[str, str]
 
     def median_s(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -78,6 +82,7 @@ def measure(case: KernelCase, device: str, rounds: int) -> Timing:
     """Runs all contenders in turn, round after round, after a first run of each that is not measured."""
     torch._dynamo.reset()
     failed: dict[str, str] = {}
+    not_here: dict[str, str] = {}
     warm: dict[str, Run] = {}
     for name, run in case.contenders.items():
         try:
@@ -85,13 +90,21 @@ def measure(case: KernelCase, device: str, rounds: int) -> Timing:
             run()
             warm[name] = run
         except Exception as error:  # Triton's, of a kernel that does not compile, are of no other kind
-            failed[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            which = not_here if is_not_here(error) and not name.startswith(OURS) else failed
+            which[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     time_one = _cuda_timer() if device == "cuda" else _cpu_time
     seconds: dict[str, list[float]] = {name: [] for name in warm}
     for _ in range(rounds):
         for name, run in warm.items():
             seconds[name].append(time_one(run))
-    return Timing(case.op, case.label, case.dtype, case.bytes_moved, case.flops, seconds, failed)
+    return Timing(case.op, case.label, case.dtype, case.bytes_moved, case.flops, seconds, failed, not_here)
+
+
+def is_not_here(error: Exception) -> bool:
+    """Whether a contender says that this machine does not have it. All else, such as too little memory, is a fault."""
+    if isinstance(error, ImportError | NotImplementedError):
+        return True
+    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in NOT_HERE)
 
 
 def _cpu_time(run: Run) -> float:

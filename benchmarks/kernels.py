@@ -95,8 +95,9 @@ def main(
     Console().print(table, markup=False)
     print(f"copy: {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     for timing in timings:
-        for name, why in timing.failed.items():
-            print(f"{timing.op} {timing.label} {timing.dtype}: {name}: {why}")
+        for state, names in (("failed", timing.failed), ("not here", timing.not_here)):
+            for name, why in names.items():
+                print(f"{timing.op} {timing.label} {timing.dtype}: {name} {state}: {why}")
     if out is not None:
         cases = [asdict(timing) for timing in timings]
         report = {"machine": machine(device.value, ceilings), "cases": cases, "table": markdown(rows)}

@@ -77,15 +77,17 @@ make_venv() {
   "$venv/bin/python" -c 'import pip' 2>/dev/null || quietly "installing pip" "$venv/bin/python" -m ensurepip
 }
 
-# What an install depends on, as one number.
+# What an install depends on, as one number: the sources, the compilers that are named, and the GPUs that the kernels
+# are compiled for.
 fingerprint() {
-  "$venv/bin/python" - "$root" <<'PY'
-import hashlib, pathlib, sys
+  "$venv/bin/python" - "$root" "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)" <<'PY'
+import hashlib, os, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 files = [root / name for name in ("pyproject.toml", "setup.py", "constraints.txt")]
 files += sorted(path for path in (root / "csrc").rglob("*") if path.suffix in {".cpp", ".cu", ".cuh", ".h", ".py"})
-digest = hashlib.sha256(f"{sys.version} {root}".encode())
+chosen = [os.environ.get(name) for name in ("MEGATRON_LITE_CUDA_ARCHS", "CUDA_HOME", "NVCC", "CXX")]
+digest = hashlib.sha256(f"{sys.version} {root} {chosen} {sys.argv[2]}".encode())
 for path in files:
     digest.update(f"{path.relative_to(root)}".encode() + b"\0" + path.read_bytes())
 print(digest.hexdigest())
@@ -93,7 +95,7 @@ PY
 }
 
 # install NAME EXTRAS: .venv with the package, its kernels built, and the extras ("[test]", or ""). Does nothing if the
-# last install under this name had the same pyproject.toml, setup.py, constraints.txt and csrc/.
+# last install under this name had the same fingerprint.
 install() {
   local stamp=$venv/.installed-$1 extras=$2 pip wanted
   make_venv
@@ -110,7 +112,9 @@ import json, pathlib, sys
 
 report = json.loads((pathlib.Path(sys.argv[1]) / "megatron_lite/ops/_native_build.json").read_text())
 for part, name in (("cpu", "C++ kernels for the CPU"), ("cuda", "CUDA C++ kernels"), ("index", "C++ index of the data")):
-    print(f"   {name}: {'left out: ' + report[part] if report[part] else 'built'}")
+    built_for = report.get({"cpu": "cpu_sets", "cuda": "cuda_archs"}.get(part))
+    built = f"built for {built_for}" if built_for else "built"
+    print(f"   {name}: {'left out: ' + report[part] if report[part] else built}")
 PY
     echo "$wanted" >"$stamp"
   fi

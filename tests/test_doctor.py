@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from megatron_lite.cli import app
 from megatron_lite.config.kernels import KernelsConfig
-from megatron_lite.ops import dispatch, native
+from megatron_lite.ops import attention, dispatch, native
 
 ROOT = Path(__file__).parents[1]
+ATTENTION = ("attention", "kernels.attention")
 needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so its backends do run")
 
@@ -56,6 +57,20 @@ def test_why_not_the_others() -> None:
         "triton: torch sees no CUDA device" in rows[0]["cannot run"] and "cpu: it runs on cpu" in rows[0]["cannot run"]
     )
     assert "cannot run" not in kernels_of(doctor("--json"))[0]
+
+
+@needs_native
+def test_a_few_queries_go_elsewhere_and_it_says_so() -> None:
+    report = json.loads(doctor("--config", ROOT / "configs/runs/quickstart.yaml", "run.device=cpu", "--json").stdout)
+    rows = [*kernels_of(doctor("--device", "cpu", "--json")), *report["config"]["rows"]]
+    attention_rows = [row for row in rows if row["runs"] == "cpu" and row.get("op", row.get("key")) in ATTENTION]
+    assert len(attention_rows) == 2
+    for row in attention_rows:
+        assert row["why"].endswith(f"; fewer than {dispatch.FEW_QUERIES} queries: sdpa")
+    assert not any("queries" in row["why"] for row in rows if row not in attention_rows)
+    name = attention(*(torch.ones(1, dispatch.FEW_QUERIES - 1, 1, 8, requires_grad=True) for _ in range(3))).grad_fn
+    assert "attention_cpu" not in str(name)
+    assert "attention_cpu" in str(attention(*(torch.ones(1, 8, 1, 8, requires_grad=True) for _ in range(3))).grad_fn)
 
 
 @needs_no_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,11 +152,16 @@ def test_quietly_shows_the_end_of_what_failed() -> None:
     assert quiet.returncode == 0 and "chatter" not in quiet.stdout and "after" in quiet.stdout
 
 
-def fingerprint(root: Path) -> str:
-    return bash("-c", f"root={root}; . {ROOT}/launch/setup.sh; root={root}; fingerprint").stdout.strip()
+def fingerprint(root: Path, **environment: str) -> str:
+    """Of this Python, in place of that of .venv."""
+    venv = root / "venv/bin"
+    if not venv.exists():
+        venv.mkdir(parents=True)
+        (venv / "python").symlink_to(sys.executable)
+    sourced = f". {ROOT}/launch/setup.sh; root={root} venv={root}/venv; fingerprint"
+    return bash("-c", f"set -euo pipefail; {sourced}", **environment).stdout.strip()
 
 
-@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="not run from the repository's own .venv")
 def test_an_install_is_repeated_when_what_it_was_made_from_changes(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -165,3 +171,18 @@ def test_an_install_is_repeated_when_what_it_was_made_from_changes(tmp_path: Pat
     kernel = tmp_path / "csrc/rms_norm/cpu.cpp"
     kernel.write_text(kernel.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert fingerprint(tmp_path) != before
+
+
+def test_an_install_is_repeated_for_other_gpus_and_other_compilers(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        (tmp_path / name).touch()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    seen = [fingerprint(tmp_path)]
+    for name in ("MEGATRON_LITE_CUDA_ARCHS", "CUDA_HOME", "NVCC", "CXX"):
+        seen.append(fingerprint(tmp_path, **{name: "90"}))
+    for gpus in ("8.0", "9.0"):
+        (tools / "nvidia-smi").write_text(f"#!/bin/sh\necho {gpus}; echo {gpus}\n", encoding="utf-8")
+        (tools / "nvidia-smi").chmod(0o755)
+        seen.append(fingerprint(tmp_path, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}"))
+    assert len(set(seen)) == len(seen) and {len(digest) for digest in seen} == {64}

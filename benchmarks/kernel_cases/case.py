@@ -16,9 +16,9 @@ class KernelCase:
 
     A contender runs forward and backward once on tensors that exist already, on `device` as `cases` got it ('cpu' or
     'cuda'); it may return anything. The first is "ours", what backend="auto" runs; so are all whose name begins with
-    'ours' ("ours, triton"), and the best of the rest is what the first is compared with. A callable that raises
-    RuntimeError or ValueError when it is first called is left out of the table with its message: PyTorch does not have
-    every kernel on every device.
+    'ours' ("ours, triton"), and the best of the rest is what the first is compared with. One of the rest that
+    says when it is first called that it is not installed, or has no kernel for this, is "not here" in the table:
+    PyTorch does not have every kernel on every device. Whatever else raises has failed, with its message.
 
     `bytes_moved` is what the op has to read and write at least, once each, forward and backward; `flops` is what it
     has to compute, 0 where memory alone counts. They are properties of the op, the same for every contender.

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (!std::is_same_v<P, None>) parameters[i] = from_float<P>(w);
 }
 
-unsigned blocks_for(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
+int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
 template <class T>
 bool on_pack(const T* pointer) {

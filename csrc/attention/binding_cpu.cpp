@@ -85,7 +85,8 @@ void in_parallel(int64_t items, int64_t numbers_per_item, int64_t floats, const 
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     function(memory.get() + (64 - address % 64) % 64 / sizeof(float), begin, end);
   });
-  STD_TORCH_CHECK(!is_short, "attention: no memory for ", floats * sizeof(float), " bytes of scratch space in a thread");
+  STD_TORCH_CHECK(!is_short, "attention: no memory for ", floats * sizeof(float),
+                  " bytes of scratch space in a thread");
 }
 
 Tensor floats_like(const Tensor& t, std::vector<int64_t> shape) {

@@ -25,9 +25,7 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
-bool beside(const Tensor& t, const Tensor& q) {
-  return t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index();
-}
+const Tensor* pointer_of(const Optional& t) { return t.has_value() ? &*t : nullptr; }
 
 // The kernels read any strides but for the last dimension, which is contiguous.
 Tensor readable(const Tensor& t) { return t.stride(3) == 1 ? t : torch::stable::contiguous(t); }
@@ -47,7 +45,6 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK((q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half) &&
                       k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "attention on CUDA takes q, k and v in bf16, or in fp16");
-  STD_TORCH_CHECK(beside(k, q) && beside(v, q), "attention takes q, k and v on one device");
   STD_TORCH_CHECK(std::max({q.size(0), q.size(1), q.size(2), k.size(1)}) < 1 << 30,
                   "attention on CUDA takes fewer than 2^30 rows, heads, queries and keys");
 }
@@ -59,20 +56,22 @@ struct Inputs {
   ml::CudaAttentionProblem problem;
 
   Inputs(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Optional& bounds_any,
-         const Optional& slopes_any, double scale, bool causal, int64_t window)
+         const Optional& slopes_any, double scale, bool causal, int64_t window, int64_t shared_bytes)
       : q(q_any), k(k_any), v(v_any) {
     check_shapes(q, k, v);
+    ml::check_one_device("attention", {&q, &k, &v, pointer_of(bounds_any), pointer_of(slopes_any)});
     STD_TORCH_CHECK(isfinite(scale) && window >= 0, "attention takes a finite scale and a window >= 0");
+    STD_TORCH_CHECK(shared_bytes >= ml::kCudaAttentionSharedBytes, "attention on CUDA takes devices with ",
+                    ml::kCudaAttentionSharedBytes, " bytes of shared memory for a block, this one has ", shared_bytes);
     q = readable(q), k = readable(k), v = readable(v);
     const auto as_int = [](int64_t n) { return static_cast<int>(n); };
     problem = {as_int(q.size(0)), as_int(q.size(1)), as_int(k.size(1)), as_int(q.size(2)), as_int(k.size(2)),
                as_int(q.size(3)), static_cast<float>(scale), causal,
                window < k.size(1) ? as_int(window) : 0,  // one of all keys or more hides none
-               nullptr, nullptr, nullptr};
+               nullptr, nullptr, nullptr, as_int(shared_bytes)};
     if (bounds_any.has_value()) {
-      STD_TORCH_CHECK(has_shape(*bounds_any, {q.size(0), q.size(1), 2}) && beside(*bounds_any, q) &&
-                          bounds_any->scalar_type() == ScalarType::Int,
-                      "attention takes bounds int32[B, Sq, 2] on q's device");
+      STD_TORCH_CHECK(has_shape(*bounds_any, {q.size(0), q.size(1), 2}) && bounds_any->scalar_type() == ScalarType::Int,
+                      "attention takes bounds int32[B, Sq, 2]");
       bounds = torch::stable::contiguous(*bounds_any);
       const int64_t num_spans = (q.size(1) + ml::kCudaAttentionSpan - 1) / ml::kCudaAttentionSpan;
       spans = torch::stable::new_empty(q, {q.size(0), num_spans, 4}, ScalarType::Int);
@@ -80,9 +79,8 @@ struct Inputs {
       problem.spans = static_cast<int32_t*>(spans->mutable_data_ptr());
     }
     if (slopes_any.has_value()) {
-      STD_TORCH_CHECK(has_shape(*slopes_any, {q.size(2)}) && beside(*slopes_any, q) &&
-                          slopes_any->scalar_type() == ScalarType::Float,
-                      "attention takes slopes fp32[H] on q's device");
+      STD_TORCH_CHECK(has_shape(*slopes_any, {q.size(2)}) && slopes_any->scalar_type() == ScalarType::Float,
+                      "attention takes slopes fp32[H]");
       slopes = torch::stable::contiguous(*slopes_any);
       problem.slopes = floats_of(slopes);
     }
@@ -99,19 +97,19 @@ struct Inputs {
     return torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   }
   bool takes_rows(const Tensor& t) const {
-    return has_shape(t, {q.size(0), q.size(2), q.size(1)}) && t.scalar_type() == ScalarType::Float && beside(t, q);
+    return has_shape(t, {q.size(0), q.size(2), q.size(1)}) && t.scalar_type() == ScalarType::Float;
   }
   bool takes_queries(const Tensor& t) const {
-    return has_shape(t, {q.size(0), q.size(1), q.size(2), q.size(3)}) && t.scalar_type() == q.scalar_type() &&
-           beside(t, q);
+    return has_shape(t, {q.size(0), q.size(1), q.size(2), q.size(3)}) && t.scalar_type() == q.scalar_type();
   }
 };
 
-// `stream` is the cudaStream_t as an integer: reading the current stream takes torch 2.13's ABI, or CUDA headers.
+// `shared_bytes` is what a block can have on the device. `stream` is the cudaStream_t as an integer. Asking for either
+// takes CUDA headers, or torch 2.13's ABI for the stream.
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& bounds,
                                           const Optional& slopes, double scale, bool causal, int64_t window,
-                                          int64_t stream) {
-  const Inputs in(q, k, v, bounds, slopes, scale, causal, window);
+                                          int64_t shared_bytes, int64_t stream) {
+  const Inputs in(q, k, v, bounds, slopes, scale, causal, window, shared_bytes);
   Tensor out = in.new_queries(), lse = in.new_rows();
   if (!in.empty() && in.problem.queries > 0)
     check_cuda(ml::attention_forward_cuda(ml::format_of(q), in.problem, heads_of(in.q), heads_of(in.k), heads_of(in.v),
@@ -126,8 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& d_out_a
                                                            const Tensor& lse_any, const Optional& d_lse_any,
                                                            const Optional& bounds, const Optional& slopes,
                                                            double scale, bool causal, int64_t window, bool,
-                                                           int64_t stream) {
-  const Inputs in(q, k, v, bounds, slopes, scale, causal, window);
+                                                           int64_t shared_bytes, int64_t stream) {
+  const Inputs in(q, k, v, bounds, slopes, scale, causal, window, shared_bytes);
+  ml::check_one_device("attention", {&q, &d_out_any, &out_any, &lse_any, pointer_of(d_lse_any)});
   STD_TORCH_CHECK(in.takes_queries(d_out_any) && in.takes_queries(out_any), "attention takes d_out and out like q");
   STD_TORCH_CHECK(in.takes_rows(lse_any) && (!d_lse_any.has_value() || in.takes_rows(*d_lse_any)),
                   "attention takes lse and d_lse fp32[B, H, Sq]");
@@ -149,11 +148,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& d_out_a
 STABLE_TORCH_LIBRARY_FRAGMENT(megatron_lite_cuda, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? bounds, Tensor? slopes, float scale, bool causal, int window, "
-      "int stream) -> (Tensor out, Tensor lse)");
+      "int shared_bytes, int stream) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? d_lse, "
-      "Tensor? bounds, Tensor? slopes, float scale, bool causal, int window, bool deterministic, int stream) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? bounds, Tensor? slopes, float scale, bool causal, int window, bool deterministic, int shared_bytes, "
+      "int stream) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite_cuda, ML_CUDA_KEY, m) {

@@ -11,6 +11,7 @@ ML_INLINE __m512bh as_pairs(f32x16 words) { return (__m512bh)words; }
 
 struct PairWords {
   static constexpr int64_t kUnit = 2;
+  static constexpr int64_t kChain = INT64_MAX;  // bf16's own rounding is far larger than a sum's
 
   static ML_INLINE f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) {
     return (f32x16)_mm512_dpbf16_ps((__m512)sum, as_pairs(a), as_pairs(b));

@@ -120,12 +120,13 @@ inline void Backward<W, T>::load_delta(State& s, int64_t b, int64_t head, int64_
   pack_panel<W, T>(sizes, g.d_out, b, head, first, p.num_queries, s.dk, s.dq);
   pack_panel<W, T>(sizes, g.out, b, head, first, p.num_queries, s.dv, s.dq);
   for (int64_t i = 0; i < kPanel; i += kLanes) {
-    f32x16 sum{};
+    f32x16 sum{}, chain{};
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t place = step * kPanel + i;
-      sum = W::multiply_add(sum, Fp32::load(s.dk + place), Fp32::load(s.dv + place));
+      chain = W::multiply_add(chain, Fp32::load(s.dk + place), Fp32::load(s.dv + place));
+      if ((step + 1) % W::kChain == 0) sum += chain, chain = f32x16{};
     }
-    Fp32::store(s.delta + first + i, sum);
+    Fp32::store(s.delta + first + i, sum + chain);
   }
 }
 
@@ -174,10 +175,10 @@ inline void Backward<W, T>::step_queries(State& s, int64_t row, int64_t offset, 
   if (hull.empty()) return;
   for (int64_t panel = hull.first / kPanel * kPanel; panel < hull.last; panel += kPanel) {
     const int64_t place = (first_key + panel) * steps;
-    product<W, false, Start::kZero>(s.q_rows + row * sizes.row_words, sizes.row_words, s.k_columns + place, steps,
-                                    s.scores + panel, kKeys, kPanel);
-    product<W, false, Start::kZero>(s.d_out_rows + row * sizes.row_words, sizes.row_words, s.v_columns + place, steps,
-                                    s.d_weights + panel, kKeys, kPanel);
+    dim_product<W>(s.q_rows + row * sizes.row_words, sizes.row_words, s.k_columns + place, steps, s.scores + panel,
+                   kKeys);
+    dim_product<W>(s.d_out_rows + row * sizes.row_words, sizes.row_words, s.v_columns + place, steps,
+                   s.d_weights + panel, kKeys);
   }
   const bool has_slope = p.slopes != nullptr;
   for (int64_t r = 0; r < kRows; ++r) {

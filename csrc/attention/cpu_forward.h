@@ -105,8 +105,7 @@ inline void Forward<W, T>::step(State& s, const float* columns, const float* dep
   const Range vectors{hull.first / kLanes * kLanes, up_to(hull.last, kLanes)};
   const float* queries = s.queries + row * sizes.row_words;
   for (int64_t panel = hull.first / kPanel * kPanel; panel < hull.last; panel += kPanel)
-    product<W, false, Start::kZero>(queries, sizes.row_words, columns + (first_key + panel) * steps, steps,
-                                    s.scores + panel, kKeys, kPanel);
+    dim_product<W>(queries, sizes.row_words, columns + (first_key + panel) * steps, steps, s.scores + panel, kKeys);
   const bool has_slope = p.slopes != nullptr;
   const float scale = has_slope ? kLog2E : p.scale * kLog2E;
   Range own[kRows];

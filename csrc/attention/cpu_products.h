@@ -28,7 +28,6 @@ constexpr float kLog2E = 1.44269504f;
 ML_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 ML_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 ML_INLINE int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-ML_INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
 // `value` in every lane, bit by bit: a word that holds two numbers is no float that may be calculated with.
 ML_INLINE f32x16 broadcast(float value) {
@@ -89,6 +88,9 @@ ML_INLINE void zero(float* target, int64_t begin, int64_t end) {
 
 struct Fp32Words {
   static constexpr int64_t kUnit = 1;
+  // Of products over the head dimension. A sum's error grows with the number of its terms; that of scores ends up in
+  // all results, and those of d_out v and d_out out, which nearly cancel, in dq and dk.
+  static constexpr int64_t kChain = 32;
   static ML_INLINE f32x16 multiply_add(f32x16 sum, f32x16 a, f32x16 b) { return sum + a * b; }
   template <class T>
   static ML_INLINE void pack_row(const typename T::Stored* source, int64_t dim, float* words, int64_t num_words) {
@@ -113,7 +115,8 @@ struct Fp32Words {
   }
 };
 
-enum class Start { kZero, kSum, kScaledSum };  // what a product adds to: nothing, C, or C times a factor for each row
+// What a product adds to: nothing, C, C times a factor for each row; or to C at last, when it is summed up itself.
+enum class Start { kZero, kSum, kScaledSum, kAddedLast };
 
 template <class W, int kVectors, bool kTransposed, Start kStart>
 ML_INLINE void product_of(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c, int64_t c_stride,
@@ -123,7 +126,8 @@ ML_INLINE void product_of(const float* a, int64_t a_stride, const float* b, int6
   for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < kVectors; ++n) {
-      sums[r][n] = kStart == Start::kZero ? f32x16{} : Fp32::load(c + r * c_stride + n * kLanes);
+      constexpr bool kFromZero = kStart == Start::kZero || kStart == Start::kAddedLast;
+      sums[r][n] = kFromZero ? f32x16{} : Fp32::load(c + r * c_stride + n * kLanes);
       if (kStart == Start::kScaledSum) sums[r][n] *= broadcast(factors[r]);
     }
   for (int64_t k = 0; k < steps; ++k) {
@@ -140,7 +144,10 @@ ML_INLINE void product_of(const float* a, int64_t a_stride, const float* b, int6
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < kVectors; ++n) Fp32::store(c + r * c_stride + n * kLanes, sums[r][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      float* to = c + r * c_stride + n * kLanes;
+      Fp32::store(to, kStart == Start::kAddedLast ? Fp32::load(to) + sums[r][n] : sums[r][n]);
+    }
 }
 
 // C[kRows, width] = start + A[kRows, steps] B[steps, width], in words. A is a[row * a_stride + step], or
@@ -157,6 +164,16 @@ __attribute__((noinline)) void product(const float* a, int64_t a_stride, const f
       default: return product_of<W, 3, kTransposed, kStart>(a, a_stride, b, steps, c, c_stride, factors);
     }
   }
+}
+
+// C[kRows, kPanel] = A B over `steps` words of the head dimension, no more than W::kChain of them in one sum.
+template <class W>
+ML_INLINE void dim_product(const float* a, int64_t a_stride, const float* b, int64_t steps, float* c,
+                           int64_t c_stride) {
+  product<W, false, Start::kZero>(a, a_stride, b, min_of(steps, W::kChain), c, c_stride, kPanel);
+  for (int64_t step = W::kChain; step < steps; step += W::kChain)
+    product<W, false, Start::kAddedLast>(a + step, a_stride, b + step * kPanel, min_of(steps - step, W::kChain), c,
+                                         c_stride, kPanel);
 }
 
 // Sizes of a problem in words W and storage T.

@@ -9,6 +9,9 @@ namespace ml {
 constexpr int kCudaAttentionMaxDim = 256;
 // Queries whose intervals of visible keys are summed up in one entry of `spans`.
 constexpr int kCudaAttentionSpan = 32;
+// Shared memory that a block can have on every device of sm_80 and newer: 99 KiB on sm_86, sm_89 and sm_120. Tiles that
+// take more (163 KiB on sm_80, 227 on sm_90) have smaller ones beside them.
+constexpr int kCudaAttentionSharedBytes = 99 * 1024;
 
 // A tensor [B, S, H, D]: its first number, and the distances between batches, tokens and heads, in numbers. The D
 // numbers of a head lie side by side.
@@ -25,6 +28,7 @@ struct CudaAttentionProblem {
   const int32_t* bounds;  // [B, Sq, 2], or null
   const float* slopes;    // [H], or null
   int32_t* spans;         // scratch [B, ceil(Sq / kCudaAttentionSpan), 4]; unused without bounds
+  int shared_bytes;       // that a block can have on the device; at least kCudaAttentionSharedBytes
 };
 
 // out[B, Sq, H, D] and lse[B, H, Sq] from q, k and v. bf16 and fp16. All pointers are on the current device. Returns a

@@ -28,11 +28,20 @@ template <> struct QueryShape<32> : BackwardShape<4, 2, 64> {};
 template <> struct QueryShape<64> : BackwardShape<4, 2, 64> {};
 template <> struct QueryShape<256> : BackwardShape<4, 1, 32> {};
 
+// Where a block can have no more than kCudaAttentionSharedBytes: for the two head dimensions that ask for more. The
+// same bits: a row meets the other side in the same order.
+struct SmallKeyShape : BackwardShape<4, 1, 16> {};
+template <int kDim> struct SmallQueryShape : BackwardShape<8, 1, 32> {};
+template <> struct SmallQueryShape<256> : BackwardShape<4, 1, 16> {};
+
 // Two tiles of the gradient's rows, two buffers of two tiles of the other side, and for queries their lse and delta.
 template <class Shape, class T, int kDim>
 constexpr int kTileBytes = (2 * Shape::kRows + 4 * Shape::kInner) * kDim * static_cast<int>(sizeof(T));
 template <class Shape>
 constexpr int kNumberBytes = 4 * Shape::kInner * static_cast<int>(sizeof(float));
+static_assert(kTileBytes<SmallKeyShape, __half, 256> + kNumberBytes<SmallKeyShape> <= kCudaAttentionSharedBytes);
+static_assert(kTileBytes<SmallQueryShape<128>, __half, 128> <= kCudaAttentionSharedBytes);
+static_assert(kTileBytes<SmallQueryShape<256>, __half, 256> <= kCudaAttentionSharedBytes);
 
 // The weight of a score in base 2: at most 1, however lse was rounded.
 __device__ __forceinline__ float weight_of(float score, float lse) {
@@ -115,11 +124,10 @@ __device__ __forceinline__ void store_gradient(const float (&values)[kTiles][kDi
 
 // kWantK and kWantV: which of the gradients. Both at once where the registers suffice.
 // ceiling: 255 registers, 131584 bytes of shared memory, all of it dynamic (kTileBytes + kNumberBytes)
-template <class T, int kDim, bool kWantK, bool kWantV>
-__global__ void __launch_bounds__(KeyShape<kDim>::kThreads)
+template <class T, int kDim, class Shape, bool kWantK, bool kWantV>
+__global__ void __launch_bounds__(Shape::kThreads)
     attention_backward_keys(Problem p, Heads d_out, Heads q, Heads k, Heads v, const float* lse,
                             const float* delta, T* dk, T* dv, bool by_chunks) {
-  using Shape = KeyShape<kDim>;
   constexpr int kTiles = Shape::kTiles, kInner = Shape::kInner, kThreads = Shape::kThreads;
   using KeyTile = Tile<T, Shape::kRows, kDim>;
   using QueryTile = Tile<T, kInner, kDim>;
@@ -198,11 +206,10 @@ __device__ __forceinline__ void score_gradients(float (&d_p)[kTiles][kTilesN][4]
 }
 
 // ceiling: 255 registers, 131072 bytes of shared memory, all of it dynamic (kTileBytes)
-template <class T, int kDim>
-__global__ void __launch_bounds__(QueryShape<kDim>::kThreads)
+template <class T, int kDim, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
     attention_backward_queries(Problem p, Heads d_out, Heads q, Heads k, Heads v, const float* lse,
                                const float* delta, T* dq, bool by_chunks) {
-  using Shape = QueryShape<kDim>;
   constexpr int kTiles = Shape::kTiles, kInner = Shape::kInner, kThreads = Shape::kThreads;
   using QueryTile = Tile<T, Shape::kRows, kDim>;
   using KeyTile = Tile<T, kInner, kDim>;
@@ -299,30 +306,34 @@ struct Inputs {
 template <class T>
 int launch_delta(const Problem& p, const Inputs& in, float* delta, cudaStream_t stream) {
   const int64_t blocks = (int64_t(p.batch) * p.queries * p.heads * 8 + 255) / 256;
-  if (blocks > kNoKey) return cudaErrorInvalidConfiguration;
-  return ml::launch(attention_delta<T>, static_cast<unsigned>(blocks), 256, 0, stream, p, in.d_out, in.out, in.lse,
-                    in.d_lse, delta, by_chunks(p.dim, in.d_out, in.out));
+  return ml::launch(attention_delta<T>, blocks, 256, 0, stream, p, in.d_out, in.out, in.lse, in.d_lse, delta,
+                    by_chunks(p.dim, in.d_out, in.out));
 }
 
 template <class T, int kDim, bool kWantK, bool kWantV>
 int launch_keys(const Problem& p, const Inputs& in, const Gradients& g, cudaStream_t stream) {
-  using Shape = KeyShape<kDim>;
-  unsigned grid;
-  if (!grid_of(p, (p.keys + Shape::kRows - 1) / Shape::kRows, p.key_heads, grid)) return cudaErrorInvalidConfiguration;
-  return ml::launch(attention_backward_keys<T, kDim, kWantK, kWantV>, grid, Shape::kThreads,
-                    kTileBytes<Shape, T, kDim> + kNumberBytes<Shape>, stream, p, in.d_out, in.q, in.k, in.v, in.lse,
-                    g.delta, static_cast<T*>(g.dk), static_cast<T*>(g.dv),
-                    by_chunks(p.dim, in.d_out, in.q, in.k, in.v));
+  using Large = KeyShape<kDim>;
+  constexpr int kBytes = kTileBytes<Large, T, kDim> + kNumberBytes<Large>;
+  return with_tiles<kBytes, Large, SmallKeyShape>(p, [&](auto tiles) -> int {
+    using Shape = decltype(tiles);
+    const int64_t grid = blocks_of(p, (p.keys + Shape::kRows - 1) / Shape::kRows, p.key_heads);
+    return ml::launch(attention_backward_keys<T, kDim, Shape, kWantK, kWantV>, grid, Shape::kThreads,
+                      kTileBytes<Shape, T, kDim> + kNumberBytes<Shape>, stream, p, in.d_out, in.q, in.k, in.v, in.lse,
+                      g.delta, static_cast<T*>(g.dk), static_cast<T*>(g.dv),
+                      by_chunks(p.dim, in.d_out, in.q, in.k, in.v));
+  });
 }
 
 template <class T, int kDim>
 int launch_queries(const Problem& p, const Inputs& in, const Gradients& g, cudaStream_t stream) {
-  using Shape = QueryShape<kDim>;
-  unsigned grid;
-  if (!grid_of(p, (p.queries + Shape::kRows - 1) / Shape::kRows, p.heads, grid)) return cudaErrorInvalidConfiguration;
-  return ml::launch(attention_backward_queries<T, kDim>, grid, Shape::kThreads, kTileBytes<Shape, T, kDim>, stream, p,
-                    in.d_out, in.q, in.k, in.v, in.lse, g.delta, static_cast<T*>(g.dq),
-                    by_chunks(p.dim, in.d_out, in.q, in.k, in.v));
+  using Large = QueryShape<kDim>;
+  return with_tiles<kTileBytes<Large, T, kDim>, Large, SmallQueryShape<kDim>>(p, [&](auto tiles) -> int {
+    using Shape = decltype(tiles);
+    const int64_t grid = blocks_of(p, (p.queries + Shape::kRows - 1) / Shape::kRows, p.heads);
+    return ml::launch(attention_backward_queries<T, kDim, Shape>, grid, Shape::kThreads, kTileBytes<Shape, T, kDim>,
+                      stream, p, in.d_out, in.q, in.k, in.v, in.lse, g.delta, static_cast<T*>(g.dq),
+                      by_chunks(p.dim, in.d_out, in.q, in.k, in.v));
+  });
 }
 
 template <class T, int kDim>

@@ -24,8 +24,12 @@ template <> struct Forward<32> : ForwardShape<4, 2, 64, true> {};
 template <> struct Forward<64> : ForwardShape<4, 2, 64, true> {};
 template <> struct Forward<256> : ForwardShape<8, 1, 64, false> {};
 
-template <class T, int kDim>
-constexpr int kForwardBytes = (Forward<kDim>::kQueries + 2 * Forward<kDim>::kKeys) * kDim * static_cast<int>(sizeof(T));
+template <class Shape, class T, int kDim>
+constexpr int kForwardBytes = (Shape::kQueries + 2 * Shape::kKeys) * kDim * static_cast<int>(sizeof(T));
+
+// Where a block can have no more than kCudaAttentionSharedBytes. The same bits: a query's keys come in the same order.
+struct SmallForward : ForwardShape<4, 1, 64, false> {};
+static_assert(kForwardBytes<SmallForward, __half, kCudaAttentionMaxDim> <= kCudaAttentionSharedBytes);
 
 // The scores become weights: exp2(score - largest so far). Rescales the sums and the outputs.
 template <int kTiles, int kTilesN, int kTilesD>
@@ -85,10 +89,9 @@ __device__ __forceinline__ void finish_rows(const float (&largest)[kTiles][2], f
 }
 
 // ceiling: 255 registers, 131072 bytes of shared memory, all of it dynamic (kForwardBytes)
-template <class T, int kDim>
-__global__ void __launch_bounds__(Forward<kDim>::kThreads)
+template <class T, int kDim, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
     attention_forward(Problem p, Heads q, Heads k, Heads v, T* out, float* lse, bool by_chunks) {
-  using Shape = Forward<kDim>;
   constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kThreads = Shape::kThreads;
   const int num_tiles = (p.queries + Shape::kQueries - 1) / Shape::kQueries;
   const int first = (num_tiles - 1 - blockIdx.x % num_tiles) * Shape::kQueries;  // the longest rows first
@@ -156,12 +159,13 @@ __global__ void __launch_bounds__(Forward<kDim>::kThreads)
 template <class T, int kDim>
 int launch_forward(const Problem& p, const Heads& q, const Heads& k, const Heads& v, void* out, float* lse,
                    cudaStream_t stream) {
-  using Shape = Forward<kDim>;
-  unsigned grid;
-  const int tiles = (p.queries + Shape::kQueries - 1) / Shape::kQueries;
-  if (!grid_of(p, tiles, p.heads, grid)) return cudaErrorInvalidConfiguration;
-  return ml::launch(attention_forward<T, kDim>, grid, Shape::kThreads, kForwardBytes<T, kDim>, stream, p, q, k, v,
-                    static_cast<T*>(out), lse, by_chunks(p.dim, q, k, v));
+  using Large = Forward<kDim>;
+  return with_tiles<kForwardBytes<Large, T, kDim>, Large, SmallForward>(p, [&](auto tiles) -> int {
+    using Shape = decltype(tiles);
+    const int64_t grid = blocks_of(p, (p.queries + Shape::kQueries - 1) / Shape::kQueries, p.heads);
+    return ml::launch(attention_forward<T, kDim, Shape>, grid, Shape::kThreads, kForwardBytes<Shape, T, kDim>, stream,
+                      p, q, k, v, static_cast<T*>(out), lse, by_chunks(p.dim, q, k, v));
+  });
 }
 
 // One warp for each kCudaAttentionSpan queries.
@@ -189,9 +193,7 @@ __global__ void attention_spans(Problem p, Span* spans) {
 
 int find_spans(const Problem& p, cudaStream_t stream) {
   if (p.bounds == nullptr) return cudaSuccess;
-  unsigned grid;
-  const int tiles = (p.queries + kCudaAttentionSpan - 1) / kCudaAttentionSpan;
-  if (!grid_of(p, tiles, 1, grid)) return cudaErrorInvalidConfiguration;
+  const int64_t grid = blocks_of(p, (p.queries + kCudaAttentionSpan - 1) / kCudaAttentionSpan, 1);
   return ml::launch(attention_spans, grid, kCudaAttentionSpan, 0, stream, p, reinterpret_cast<Span*>(p.spans));
 }
 

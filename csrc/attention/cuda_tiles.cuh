@@ -301,17 +301,22 @@ __device__ __forceinline__ void finish_scores(float (&s)[kTiles][kTilesN][4], co
 // Fills problem.spans, where there are bounds. In cuda_forward.cu.
 int find_spans(const Problem& problem, cudaStream_t stream);
 
-// Blocks for `tiles` tiles of each head of each row; false when they are more than a grid takes.
-inline bool grid_of(const Problem& p, int tiles, int heads, unsigned& grid) {
-  const int64_t blocks = int64_t(tiles) * heads * p.batch;
-  grid = static_cast<unsigned>(blocks);
-  return blocks <= kNoKey;
-}
+// Blocks for `tiles` tiles of each head of each row.
+inline int64_t blocks_of(const Problem& p, int tiles, int heads) { return int64_t(tiles) * heads * p.batch; }
 
 template <class... More>
 bool by_chunks(int dim, const More&... tensors) {
   const auto fits = [](const Heads& t) { return on_16_bytes(t.data) && (t.batch | t.token | t.head) % 8 == 0; };
   return dim % 8 == 0 && (fits(tensors) && ...);
+}
+
+// Calls `launch` with the tiles that the device has shared memory for: `Large` where a block can have kBytes.
+template <int kBytes, class Large, class Small, class Launch>
+int with_tiles(const Problem& p, Launch launch) {
+  if constexpr (kBytes > kCudaAttentionSharedBytes) {
+    if (p.shared_bytes < kBytes) return launch(Small{});
+  }
+  return launch(Large{});
 }
 
 // Calls `launch` with the format as a type and the padded head dimension as a constant.

@@ -63,8 +63,8 @@ int launch_sum(const void* values_, double* sums, int64_t blocks, cudaStream_t s
   const auto* values = static_cast<const T*>(values_);
   const bool is_packed = reinterpret_cast<uintptr_t>(values) % sizeof(Four<T>) == 0;
   constexpr int kPerBlock = kThreads / 32;
-  return launch(sum_blocks<T>, static_cast<unsigned>((blocks + kPerBlock - 1) / kPerBlock), kThreads, 0, stream, values,
-                sums, blocks, is_packed);
+  return launch(sum_blocks<T>, (blocks + kPerBlock - 1) / kPerBlock, kThreads, 0, stream, values, sums, blocks,
+                is_packed);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The activations of the feed-forward block, by number: ACTIVATIONS in megatron_lite/ops/swiglu.py is in this order.
+// The activations, by number: ACTIVATIONS in megatron_lite/ops/activation_kernels.py is in this order.
 #pragma once
 
 #include <stdint.h>

@@ -17,10 +17,10 @@
 namespace ml {
 
 #ifndef ML_EMULATED
-// Starts `kernel` on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory.
+// `launch`, on a grid that may be one.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments... arguments) {
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {
     const auto code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -37,6 +37,21 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(ml_dynamic_shared);
 }
 #endif
+
+// Numbers of blocks, in 64 bits: more than a grid takes must not become, in 32, a number that it does take.
+struct Grid {
+  int64_t x, y;
+  Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+};
+
+// Starts `kernel` on `grid` blocks of `block` threads with `shared_bytes` of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), Grid grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (grid.x > INT32_MAX || grid.y > 65535) return cudaErrorInvalidConfiguration;
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  return start(kernel, blocks, block, shared_bytes, stream, arguments...);
+}
 
 // As many numbers as one 16-byte access moves.
 template <class T>

@@ -27,10 +27,13 @@ inline int64_t instruction_set(int64_t requested) {
 
 }  // namespace ml
 
-#if defined(ML_WITH_AVX512) && defined(ML_WITH_AVX2)
+// setup.py builds each set on the one before (ML_WITH_<SET>): without AVX2 there is no AVX-512.
+#if defined(ML_WITH_AVX512)
 #define ML_KERNELS(op, isa)                                                     \
   (ml::instruction_set(isa) >= 2 ? ml::op##_avx512                              \
                                  : ml::instruction_set(isa) == 1 ? ml::op##_avx2 : ml::op##_portable)
+#elif defined(ML_WITH_AVX2)
+#define ML_KERNELS(op, isa) (ml::instruction_set(isa) >= 1 ? ml::op##_avx2 : ml::op##_portable)
 #else
 #define ML_KERNELS(op, isa) ((void)ml::instruction_set(isa), ml::op##_portable)
 #endif

@@ -16,6 +16,7 @@ struct NormShape {
 // Of x[..., D]; the others, where they are not null, have x's shape and dtype (`alike`) or are [D] in one dtype.
 inline NormShape norm_shape(const char* op, const Tensor& x, const Tensor* alike, const Tensor& weight,
                             const Tensor* bias) {
+  check_one_device(op, {&x, alike, &weight, bias});
   STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 1 && x.size(-1) == weight.size(0) && weight.size(0) > 0, op,
                   " takes x[..., D] and weight[D]");
   STD_TORCH_CHECK(bias == nullptr || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
@@ -29,6 +30,7 @@ inline NormShape norm_shape(const char* op, const Tensor& x, const Tensor* alike
 
 inline void check_norm_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor* mean,
                                 const Tensor& rstd, int64_t rows) {
+  check_one_device(op, {&x, &dy, mean, &rstd});
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == x.numel(), op, " takes dy like x");
   for (const Tensor* numbers : {mean, &rstd})
     STD_TORCH_CHECK(numbers == nullptr || (numbers->numel() == rows && numbers->scalar_type() == ScalarType::Float &&

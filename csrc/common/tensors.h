@@ -13,6 +13,7 @@
 #endif
 
 #include <algorithm>
+#include <initializer_list>
 #include <tuple>
 #include <vector>
 
@@ -35,6 +36,13 @@ inline Format format_of(const Tensor& t) {
     case ScalarType::Half: return Format::kFp16;
     default: STD_TORCH_CHECK(false, "the kernel takes fp32, bf16 and fp16");
   }
+}
+
+// All are on the device of the first; null is passed over. The dispatcher only sees that one of them is on a GPU.
+inline void check_one_device(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const auto device = (*tensors.begin())->device();
+  for (const Tensor* t : tensors)
+    STD_TORCH_CHECK(t == nullptr || t->device() == device, op, " takes tensors on one device");
 }
 
 inline Tensor rows_like(const Tensor& x, int64_t rows) {

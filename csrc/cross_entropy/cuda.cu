@@ -157,7 +157,7 @@ int cross_entropy_statistics_cuda(const CrossEntropyShard& shard, const void* lo
     using T = decltype(type);
     const bool is_aligned = rows_on_16_bytes<T>(shard.stride, logits, logits);
     const auto kernel = is_aligned ? statistics_of_row<T, true> : statistics_of_row<T, false>;
-    return launch(kernel, static_cast<unsigned>(rows), threads_of<T>(shard.stride), 0,
+    return launch(kernel, rows, threads_of<T>(shard.stride), 0,
                   static_cast<cudaStream_t>(stream), static_cast<const T*>(logits), shard, statistics);
   });
 }
@@ -169,7 +169,7 @@ int cross_entropy_gradient_cuda(const CrossEntropyShard& shard, const void* logi
     using T = decltype(type);
     const bool is_aligned = rows_on_16_bytes<T>(shard.stride, logits, gradient);
     const auto kernel = is_aligned ? gradient_of_row<T, true> : gradient_of_row<T, false>;
-    return launch(kernel, static_cast<unsigned>(rows), threads_of<T>(shard.stride), 0,
+    return launch(kernel, rows, threads_of<T>(shard.stride), 0,
                   static_cast<cudaStream_t>(stream), static_cast<const T*>(logits), shard, slope,
                   static_cast<T*>(gradient));
   });

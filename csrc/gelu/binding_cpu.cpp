@@ -26,8 +26,7 @@ Tensor gelu_cpu(const Tensor& x_any, int64_t activation, int64_t isa) {
 Tensor gelu_backward_cpu(const Tensor& d_out_any, const Tensor& x_any, int64_t activation, int64_t isa) {
   const Tensor x = torch::stable::contiguous(x_any), d_out = torch::stable::contiguous(d_out_any);
   const ml::Activation chosen = ml::activation_of(activation);
-  STD_TORCH_CHECK(d_out.numel() == x.numel() && d_out.scalar_type() == x.scalar_type(),
-                  "gelu_backward takes d_out like x");
+  ml::check_d_out("gelu_backward", d_out, x, x.numel());
   Tensor d_x = ml::fresh_like(x);
   const auto& kernels = ML_KERNELS_WITH_BF16(gelu, isa);
   const ml::Format format = ml::format_of(x);

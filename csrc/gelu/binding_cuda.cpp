@@ -20,8 +20,7 @@ Tensor gelu_cuda(const Tensor& x_any, int64_t activation, int64_t stream) {
 
 Tensor gelu_backward_cuda(const Tensor& d_out_any, const Tensor& x_any, int64_t activation, int64_t stream) {
   const Tensor x = torch::stable::contiguous(x_any), d_out = torch::stable::contiguous(d_out_any);
-  STD_TORCH_CHECK(d_out.numel() == x.numel() && d_out.scalar_type() == x.scalar_type(),
-                  "gelu_backward takes d_out like x");
+  ml::check_d_out("gelu_backward", d_out, x, x.numel());
   Tensor d_x = torch::stable::empty_like(x);
   ml::check_cuda("gelu", ml::gelu_backward_cuda(ml::format_of(x), ml::activation_of(activation), d_out.const_data_ptr(),
                                                 x.const_data_ptr(), d_x.mutable_data_ptr(), x.numel(),

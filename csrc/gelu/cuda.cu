@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Run*>(d_x + first) = result;
 }
 
-unsigned grid_of(int64_t runs) { return static_cast<unsigned>((runs + kThreads - 1) / kThreads); }
+int64_t grid_of(int64_t runs) { return (runs + kThreads - 1) / kThreads; }
 
 template <class T, Activation activation>
 int launch_forward(const void* x_, void* out_, int64_t count, cudaStream_t stream) {

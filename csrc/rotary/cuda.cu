@@ -104,7 +104,7 @@ dim3 block_of(int64_t columns, int64_t num_heads) {
 template <class T, int size, bool is_interleaved>
 int launch_rotate(const RotaryShape& shape, const RotaryHeads& q, const RotaryHeads& k, const float* cos,
                   const float* sin, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(shape.tokens), static_cast<unsigned>(shape.batch));
+  const Grid grid(shape.tokens, shape.batch);
   const int64_t num_heads = q.count + k.count;
   int code = cudaSuccess;
   if (shape.half > 0)
@@ -133,7 +133,6 @@ int rotary_cuda(Format format, const RotaryShape& shape, const RotaryHeads& q, c
                 const float* sin, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   if (shape.batch * shape.tokens * (q.count + k.count) * shape.dim == 0) return cudaSuccess;
-  if (shape.batch > 65535) return cudaErrorInvalidValue;  // the grid's second dimension
   switch (format) {
     case Format::kFp32: return launch_stored<float>(shape, q, k, cos, sin, stream);
     case Format::kBf16: return launch_stored<__nv_bfloat16>(shape, q, k, cos, sin, stream);

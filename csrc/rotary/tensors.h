@@ -9,6 +9,7 @@ namespace ml {
 inline RotaryStrides rotary_strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
 
 inline RotaryHeads rotary_heads(const Tensor& in, Tensor& out) {
+  check_one_device("rotary", {&in, &out});
   STD_TORCH_CHECK(in.dim() == 4 && out.dim() == 4, "rotary takes q and k of [B, S, H, D]");
   for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(in.size(i) == out.size(i), "rotary writes a result like its input");
   STD_TORCH_CHECK(in.scalar_type() == out.scalar_type(), "rotary writes a result of its input's dtype");
@@ -18,6 +19,7 @@ inline RotaryHeads rotary_heads(const Tensor& in, Tensor& out) {
 
 inline RotaryShape rotary_shape(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                 bool interleaved, bool inverse) {
+  check_one_device("rotary", {&q, &k, &cos, &sin});
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && cos.dim() == 3 && sin.dim() == 3 && q.size(0) == k.size(0) &&
                       q.size(1) == k.size(1) && q.size(3) == k.size(3) && q.scalar_type() == k.scalar_type(),
                   "rotary takes q[B, S, Hq, D], k[B, S, Hk, D] and cos, sin[B or 1, S, R/2]");

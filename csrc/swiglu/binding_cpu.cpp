@@ -29,8 +29,7 @@ Tensor swiglu_backward_cpu(const Tensor& d_out_any, const Tensor& gate_up_any, i
   const Tensor gate_up = torch::stable::contiguous(gate_up_any);
   const Tensor d_out = torch::stable::contiguous(d_out_any);
   const auto [rows, half] = ml::gated_shape(gate_up);
-  STD_TORCH_CHECK(d_out.numel() == rows * half && d_out.scalar_type() == gate_up.scalar_type(),
-                  "swiglu_backward takes d_out[..., F] and gate_up[..., 2F] of one dtype");
+  ml::check_d_out("swiglu_backward", d_out, gate_up, rows * half);
   Tensor d_gate_up = ml::fresh_like(gate_up);
   const auto& kernels = ML_KERNELS_WITH_BF16(swiglu, isa);
   const ml::Format format = ml::format_of(gate_up);

@@ -23,8 +23,7 @@ Tensor swiglu_cuda(const Tensor& gate_up_any, int64_t activation, int64_t stream
 Tensor swiglu_backward_cuda(const Tensor& d_out_any, const Tensor& gate_up_any, int64_t activation, int64_t stream) {
   const Tensor gate_up = torch::stable::contiguous(gate_up_any), d_out = torch::stable::contiguous(d_out_any);
   const auto [rows, half] = ml::gated_shape(gate_up);
-  STD_TORCH_CHECK(d_out.numel() == rows * half && d_out.scalar_type() == gate_up.scalar_type(),
-                  "swiglu_backward takes d_out[..., F] and gate_up[..., 2F] of one dtype");
+  ml::check_d_out("swiglu_backward", d_out, gate_up, rows * half);
   Tensor d_gate_up = torch::stable::empty_like(gate_up);
   ml::check_cuda("swiglu", ml::swiglu_backward_cuda(ml::format_of(gate_up), ml::activation_of(activation),
                                                     d_out.const_data_ptr(), gate_up.const_data_ptr(),

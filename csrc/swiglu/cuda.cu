@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Run*>(d_gate_up + row * 2 * half + half + column) = d_up;
 }
 
-dim3 grid_of(int64_t rows, int64_t columns) {
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>((columns + kThreads - 1) / kThreads));
-}
+Grid grid_of(int64_t rows, int64_t columns) { return {rows, (columns + kThreads - 1) / kThreads}; }
 
 }  // namespace
 

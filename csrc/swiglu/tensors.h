@@ -22,6 +22,13 @@ inline Tensor gated_output(const Tensor& gate_up) {
   return torch::stable::new_empty(gate_up, shape);
 }
 
+// The gradient of the result of `op`, which has `size` numbers, made from `input`.
+inline void check_d_out(const char* op, const Tensor& d_out, const Tensor& input, int64_t size) {
+  check_one_device(op, {&input, &d_out});
+  STD_TORCH_CHECK(d_out.numel() == size && d_out.scalar_type() == input.scalar_type(), op,
+                  " takes d_out like the result, of the dtype of the input");
+}
+
 inline Activation activation_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number < kNumActivations, "there is no activation ", number);
   return static_cast<Activation>(number);

@@ -150,7 +150,7 @@ def _short(dtype: Any) -> str:
 
 
 def _why(line: Explanation) -> str:
-    """Why this backend and none before it in the table, of those for the device."""
+    """Why this backend and none before it in the table, of those for the device; and which calls go elsewhere."""
     from megatron_lite.ops import checks, dispatch
 
     backends = [b for b in dispatch.BACKENDS[line.op] if b.devices is None or line.device in b.devices]
@@ -161,9 +161,11 @@ def _why(line: Explanation) -> str:
             reasons.append(f"{backend.name}: {line.obstacles[backend.name]}")
         else:
             reasons.append(f"{backend.name} takes {', '.join(sorted(map(checks.short, backend.dtypes)))} only")
-    return "; ".join(reasons) or (
-        dispatch.first_reason(line.device) if len(backends) > 1 else f"the only one for {line.device}"
-    )
+    if not reasons:
+        reasons = [dispatch.first_reason(line.device) if len(backends) > 1 else f"the only one for {line.device}"]
+    if exception := backends[names.index(line.choice.backend)].exception:
+        reasons.append(exception)
+    return "; ".join(reasons)
 
 
 def _print_json(sections: Sequence[Section]) -> None:

@@ -25,6 +25,7 @@ def accumulate(total: Tensor, values: Tensor) -> None:
     uses_kernel = total.dtype == torch.float32 and total.is_contiguous() and values.dtype != torch.float64
     if uses_kernel and dispatch.select("accumulate", "auto", values.dtype, values.device.type).backend == "cpu":
         torch.ops.megatron_lite_cpu.accumulate(total, values)
+        torch.autograd.graph.increment_version(total)
     else:
         accumulate_reference(total, values)
 

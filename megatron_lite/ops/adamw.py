@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torchs_adamw
 
 from megatron_lite.ops import dispatch, native
-from megatron_lite.ops.checks import FLOATS, require, require_float, require_shape
+from megatron_lite.ops.checks import FLOATS, require, require_apart, require_float, require_number
 
 Slices = Sequence[tuple[int, int]]
 _GRADIENT_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -68,11 +68,12 @@ def adamw(
 
     weights, first, second: ``[n]``, contiguous, fp32 (any float dtype with the torch and reference backends).
     gradients: ``[n]``, in the dtype of the weights, fp32, bf16 or fp16; they are not changed. parameters: None, or
-    contiguous ``[n]`` in any float dtype. undecayed: elements ``[start, stop)`` without weight decay, in order.
+    contiguous ``[n]`` in any float dtype. undecayed: elements ``[start, stop)`` without weight decay, in order. No two
+    of the tensors share memory.
 
     Raises ValueError for anything else, and for a backend that cannot run.
     """
-    require(step.step >= 1, "adamw", "step.step", step.step, "the number of the update, 1 or more")
+    _check_step(step)
     _check(weights, first, second, gradients, undecayed, parameters)
     choice = dispatch.select("adamw", backend, weights.dtype, weights.device.type).backend
     in_fp64 = any(t is not None and t.dtype == torch.float64 for t in (gradients, parameters))
@@ -85,6 +86,16 @@ def adamw(
         operator(weights, first, second, gradients.contiguous(), parameters, flat, *step.coefficients())
     else:
         _IN_PYTHON[choice](weights, first, second, gradients, step, undecayed, parameters)
+        if not torch.compiler.is_compiling():  # which PyTorch's kernel and apex's do not do
+            torch.autograd.graph.increment_version((weights, first, second))
+
+
+def _check_step(step: AdamWStep) -> None:
+    """All but the factor: an overflow makes it NaN, which is to show in the weights."""
+    is_count = isinstance(step.step, int) and not isinstance(step.step, bool) and step.step >= 1
+    require(is_count, "adamw", "step.step", step.step, "the number of the update, 1 or more")
+    for name, high in (("beta1", 1), ("beta2", 1), ("lr", math.inf), ("eps", math.inf), ("weight_decay", math.inf)):
+        require_number("adamw", f"step.{name}", getattr(step, name), 0, high)
 
 
 def _check(
@@ -92,18 +103,25 @@ def _check(
 ) -> None:
     op, size = "adamw", weights.numel()
     require(weights.dim() == 1, op, "weights", weights, "flat memory, [n]")
-    require_float(op, "weights", weights)
     written = {"weights": weights, "first": first, "second": second}
+    alike = {weights.dtype}
+    dtypes = {"first": alike, "second": alike, "gradients": alike | _GRADIENT_FLOATS}
     for name, tensor in (*written.items(), ("gradients", gradients), ("parameters", parameters)):
         if tensor is not None:
-            require_shape(op, name, tensor, (size,), "[n] like weights")
-            require_float(op, name, tensor, FLOATS if name == "parameters" else {weights.dtype, *_GRADIENT_FLOATS})
+            require_float(op, name, tensor, dtypes.get(name, FLOATS))
+            require(tensor.shape == (size,), op, name, tensor, f"[n] like weights = [{size}]")
             require(name == "gradients" or tensor.is_contiguous(), op, name, tensor, "contiguous memory, to write to")
             require(tensor.device == weights.device, op, name, tensor, f"the device of weights, {weights.device}")
-    for name in ("first", "second"):
-        require_float(op, name, written[name], {weights.dtype})
+    if not native.is_traced():
+        require_apart(op, **written, gradients=gradients, parameters=parameters)
+    takes = f"pairs of whole numbers [start, stop) in order, up to n = {size}"
+    require(isinstance(undecayed, Sequence) and all(map(_is_pair, undecayed)), op, "undecayed", undecayed, takes)
     positions = [0, *(position for pair in undecayed for position in pair), size]
-    require(positions == sorted(positions), op, "undecayed", undecayed, f"[start, stop) in order, up to n = {size}")
+    require(positions == sorted(positions), op, "undecayed", undecayed, takes)
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(number, int) for number in value)
 
 
 def adamw_reference(

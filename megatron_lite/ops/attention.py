@@ -16,12 +16,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import attention_kernels, checks, dispatch
+from megatron_lite.ops import attention_kernels, checks, dispatch, native
 from megatron_lite.ops.attention_sdpa import attention_sdpa, visible
 from megatron_lite.ops.precision import wide_dtype
-
-# Fewer queries than this are the business of torch's kernel on a CPU: ours lays all keys out anew for each call.
-FEW_QUERIES = 8
 
 
 @overload
@@ -78,9 +75,12 @@ def attention(
     fp32, bf16, fp16 and fp64, any strides; scores, softmax and sums are fp32 (fp64 for fp64). H is a multiple of Hk:
     query head h reads key head h // (H / Hk). Query i stands at position p = Sk - Sq + i. What it sees: with `causal`
     no key after itself; with `window` (causal only) only the last `window` keys, itself included; with `documents`
-    int[B, Sk] (Sq <= Sk), the document of each position, only keys of its own. `lengths` int[B] are the keys of each
-    row where rows have fewer than Sk: query i of row b then stands at position lengths[b] - Sq + i, and what lies
-    behind is not looked at (causal only, lengths >= Sq, without documents). A query that sees nothing gets zeros.
+    int[B, Sk] (Sq <= Sk), the document of each position, only keys of its own; `document_bounds` makes boundaries
+    int32[B, Sk, 2] of them, first and last + 1 of the positions of each position's document, which are taken too and
+    save each call the search for them. `lengths` int[B] are the keys of each row where rows have fewer than Sk: query i
+    of row b then stands at position lengths[b] - Sq + i, and what lies behind is not looked at (causal only, from Sq to
+    Sk, without documents; on a GPU, which is not waited for, and under torch.compile larger ones count as Sk). A query
+    that sees nothing gets zeros.
 
     `scale` is 1 / sqrt(D) when None. `slopes` fp32[H] (ALiBi) takes slope_h |p - j| from the score of key j; they get
     no gradient. With `return_lse` the result is (out, lse): lse fp32[B, H, Sq] (fp64 for fp64), the natural logarithm
@@ -91,13 +91,15 @@ def attention(
     Raises ValueError for arguments of other dtypes, shapes or devices, and for a backend that cannot run.
     """
     _check(q, k, v, documents, causal, window, lengths, slopes, scale, return_lse)
+    if lengths is not None:
+        lengths = lengths.long().clamp(max=k.shape[1])  # in 64 bits: Sk may be more than lengths' own type holds
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = _choose(q, k, backend, has_extras=slopes is not None or return_lse)
     if chosen == "sdpa":
         return attention_sdpa(q, k, v, documents, causal, window, lengths, scale)
     bounds = None
     if chosen != "reference" and documents is not None:
-        bounds = attention_kernels.document_bounds(documents)
+        bounds = documents if documents.dim() == 3 else attention_kernels.document_bounds(documents)
         if bounds is None:  # no range describes what a query sees
             return _in_pieces(q, k, v, documents, causal, window, slopes, scale, return_lse, backend)
         bounds = bounds[:, k.shape[1] - q.shape[1] :]
@@ -112,6 +114,24 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def document_bounds(documents: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    """`documents` int[B, S] as several calls of `attention` on all S positions take them best, in `dtype` by `backend`.
+
+    Boundaries int32[B, S, 2] where a kernel of ours runs, made once for all these calls. The very documents where
+    torch's kernel (what auto is on a GPU) or the reference runs, which make a mask in each call, and where a document
+    comes in several pieces, which no range describes. Looks at the values, if a kernel runs, so a GPU is waited for.
+
+    Raises ValueError for documents of another dtype or shape, boundaries too, and for a backend that cannot run.
+    """
+    checks.require_dense("document_bounds", "documents", documents)
+    is_right = documents.dim() == 2 and _holds_integers(documents)
+    checks.require(is_right, "document_bounds", "documents", documents, "int [B, S]")
+    if dispatch.select("attention", backend, dtype, documents.device.type).backend in ("sdpa", "reference"):
+        return documents
+    bounds = attention_kernels.document_bounds(documents)
+    return documents if bounds is None else bounds
+
+
 def _choose(q: Tensor, k: Tensor, backend: str, *, has_extras: bool) -> str:
     """The backend that runs. `has_extras`: slopes or the log-sum-exp, which torch's kernels do not have."""
     if has_extras and backend == "sdpa":
@@ -121,7 +141,7 @@ def _choose(q: Tensor, k: Tensor, backend: str, *, has_extras: bool) -> str:
         return "reference"
     if has_extras:
         chosen = dispatch.select("attention_lse", backend, q.dtype, q.device.type).backend
-    is_short = backend == "auto" and chosen == "cpu" and q.shape[1] < FEW_QUERIES
+    is_short = backend == "auto" and chosen == "cpu" and q.shape[1] < dispatch.FEW_QUERIES
     return "sdpa" if is_short and not has_extras else chosen
 
 
@@ -225,19 +245,25 @@ def _check(
     checks.require_shape(op, "v", v, tuple(k.shape), "k's shape")
     checks.require_alike(op, "q", q, k=k, v=v)
     checks.require_device(op, "q", q, documents=documents, lengths=lengths, slopes=slopes)
-    is_count = window is None or (isinstance(window, int) and causal and window > 0)
+    is_count = window is None or (isinstance(window, int) and not isinstance(window, bool) and causal and window > 0)
     checks.require(is_count, op, "window", window, "a number of keys up to the query: positive, and causal")
-    checks.require(scale is None or 0 < scale < math.inf, op, "scale", scale, "a positive number")
+    checks.require(scale is None or (checks.is_number(scale) and scale > 0), op, "scale", scale, "a positive number")
     if documents is not None:
-        takes = f"int [B, Sk] = [{batch}, {num_keys}]"
-        is_right = documents.shape == (batch, num_keys) and _holds_integers(documents)
-        checks.require(is_right, op, "documents", documents, takes)
+        shape = (batch, num_keys)
+        takes = f"int [B, Sk] = {list(shape)}, or boundaries int32 [B, Sk, 2]"
+        is_right = documents.shape == shape and _holds_integers(documents)
+        is_bounds = documents.shape == (*shape, 2) and documents.dtype == torch.int32
+        checks.require(is_right or is_bounds, op, "documents", documents, takes)
         checks.require(num_queries <= num_keys, op, "q", q, f"at most {num_keys} queries, the last ones of documents")
     if lengths is not None:
         is_right = lengths.shape == (batch,) and _holds_integers(lengths)
         checks.require(is_right, op, "lengths", lengths, f"int [B] = [{batch}]")
         alone = causal and documents is None and not return_lse
         checks.require(alone, op, "lengths", lengths, "causal attention without documents and return_lse")
+        if lengths.device.type == "cpu" and not native.is_traced():  # a GPU would be waited for
+            values = lengths.tolist()
+            takes = f"numbers of keys from {num_queries}, as q has queries, to {num_keys}"
+            checks.require(all(num_queries <= n <= num_keys for n in values), op, "lengths", values, takes)
     if slopes is not None:
         is_right = slopes.shape == (heads,) and slopes.dtype == torch.float32
         checks.require(is_right, op, "slopes", slopes, f"fp32 [H] = [{heads}]")

@@ -136,11 +136,17 @@ def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, slopes: Tensor | None,
     scale: float, causal: bool, window: int, deterministic: bool,
 ) -> _Tensors:  # fmt: skip
-    return native.run_cuda("attention", q, k, v, bounds, slopes, scale, causal, window)
+    return native.run_cuda("attention", q, k, v, bounds, slopes, scale, causal, window, _shared_bytes(q))
 
 
 def _backward_cuda(d_out: Tensor, *others: Any) -> _Tensors:
-    return native.run_cuda("attention_backward", d_out, *others)
+    return native.run_cuda("attention_backward", d_out, *others, _shared_bytes(d_out))
+
+
+def _shared_bytes(tensor: Tensor) -> int:
+    """Of shared memory, what a block can have on the tensor's device: the kernels choose their tiles by it."""
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # which torch's stub lacks
 
 
 def _fake_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> _Tensors:

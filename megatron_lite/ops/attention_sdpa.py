@@ -22,7 +22,10 @@ def visible(
     window: int | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | None:
-    """bool [B, 1, Sq, Sk] or [Sq, Sk]: may query i (third dimension) see key j (last)? None when all may see all."""
+    """bool [B, 1, Sq, Sk] or [Sq, Sk]: may query i (third dimension) see key j (last)? None when all may see all.
+
+    documents: int [B, Sk], or as boundaries [B, Sk, 2].
+    """
     mask = None
     if causal:
         keys = torch.arange(num_keys, device=device)
@@ -33,7 +36,12 @@ def visible(
         if window is not None:
             mask &= keys > queries - window
     if documents is not None:
-        same = documents[:, None, num_keys - num_queries :, None] == documents[:, None, None, :]
+        own = documents[:, None, num_keys - num_queries :]
+        if documents.dim() == 3:
+            keys = torch.arange(num_keys, device=device)
+            same = (own[..., :1] <= keys) & (keys < own[..., 1:])
+        else:
+            same = own[..., None] == documents[:, None, None, :]
         mask = same if mask is None else same & mask
     return mask
 
@@ -77,6 +85,8 @@ def _attention_in_chunks(
         stop = min(start + WINDOW_CHUNK, q.shape[1])
         keys = slice(max(0, past + start + 1 - window), past + stop)
         own = None if documents is None else documents[:, keys]
+        if own is not None and own.dim() == 3:  # boundaries, counted from the first of these keys
+            own = own - keys.start
         mask = visible(own, True, stop - start, keys.stop - keys.start, q.device, window)
         outputs.append(_sdpa(q[:, start:stop], k[:, keys], v[:, keys], mask, scale, is_causal=False))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

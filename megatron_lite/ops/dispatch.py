@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class Backend:
     """One implementation of an op. `missing` says why it cannot run on this machine, with the remedy, or None.
 
-    `is_extra`: somebody else's, which most do without; `auto` passes over it in silence.
+    `is_extra`: somebody else's, which most do without; `auto` passes over it in silence. `exception`: for which calls
+    `auto` takes another one although this one is chosen, in words; the op itself decides it, by what the table lacks.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     devices: frozenset[str] | None  # device types; None: any
     missing: Callable[[], str | None]
     is_extra: bool = False
+    exception: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ _APEX = Backend("apex", _FLOATS, _GPU, native.missing_apex_norms, is_extra=True)
 _TORCH = Backend("torch", _ALL_FLOATS, None, _always)
 _REFERENCE = Backend("reference", _ALL_FLOATS, None, _always)
 
+# Fewer queries than this are the business of torch's kernel on a CPU: ours lays all keys out anew for each call.
+FEW_QUERIES = 8
+_CPU_ATTENTION = replace(_NATIVE_CPU, exception=f"fewer than {FEW_QUERIES} queries: sdpa")
+
 # On the CPU as measured (docs/performance.md). No GPU has been measured: there PyTorch's kernel comes first where it is
 # fused, and ours where it is not.
 BACKENDS: Mapping[str, tuple[Backend, ...]] = {
@@ -66,7 +72,7 @@ BACKENDS: Mapping[str, tuple[Backend, ...]] = {
     "rotary": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
     "swiglu": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),
     "gelu": (_NATIVE_CPU, _TORCH, _CUDA, _TRITON, _REFERENCE),
-    "attention": (_NATIVE_CPU, Backend("sdpa", _ALL_FLOATS, None, _always), _TRITON, _CUDA_HALVES, _REFERENCE),
+    "attention": (_CPU_ATTENTION, Backend("sdpa", _ALL_FLOATS, None, _always), _TRITON, _CUDA_HALVES, _REFERENCE),
     # With slopes or the log-sum-exp, which torch's kernels do not have.
     "attention_lse": (_NATIVE_CPU, _TRITON, _CUDA_HALVES, _REFERENCE),
     "cross_entropy": (_CUDA, _TRITON, _NATIVE_CPU, _REFERENCE),

@@ -27,9 +27,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 
     fp32, bf16, fp16 and fp64; everything between load and store is fp32 (fp64 for fp64). Weight and bias have x's dtype
     or both fp32. `backend` is one of auto, reference, cpu, triton, cuda, torch, apex. Raises ValueError for one that
-    cannot run, and for arguments that do not fit each other.
+    cannot run, and for arguments that do not fit each other or an eps below 0.
     """
-    norm_kernels.check("layer_norm", x, weight, bias, None)
+    norm_kernels.check("layer_norm", x, weight, bias, None, eps)
     choice = dispatch.select("layer_norm", backend, x.dtype, x.device.type).backend
     if choice == "torch":
         return _torch(x, weight, bias, eps)
@@ -50,7 +50,7 @@ def add_layer_norm(
     The sum is rounded to x's dtype before it is normalised, as in two operations. Gradients of both results flow: that
     of x, which is that of residual too, is the sum of the two, rounded once. Otherwise as `layer_norm`.
     """
-    norm_kernels.check("add_layer_norm", x, weight, bias, residual)
+    norm_kernels.check("add_layer_norm", x, weight, bias, residual, eps)
     choice = dispatch.select("layer_norm", backend, x.dtype, x.device.type).backend
     if choice == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)

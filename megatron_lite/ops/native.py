@@ -56,16 +56,31 @@ def define_operator(
 
 
 def define_in_place_operator(schema: str, dispatch_key: str, kernel: Callable[..., None]) -> None:
-    """Defines megatron_lite::<schema>, which writes to arguments of its own, returns nothing and has no gradient."""
+    """Defines megatron_lite::<schema>, which writes to arguments of its own, returns nothing and has no gradient.
+
+    Autograd counts the versions of what the schema says is written.
+    """
     name = schema.partition("(")[0]
     _OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _OPERATORS.impl(name, kernel, dispatch_key)
+    parameters = getattr(torch.ops.megatron_lite, name).default._schema.arguments
+    aliases = [parameter.alias_info for parameter in parameters]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+    def counted(*arguments: Any) -> None:
+        kernel(*arguments)
+        torch.autograd.graph.increment_version([arguments[i] for i in written if arguments[i] is not None])
+
+    _OPERATORS.impl(name, counted, dispatch_key)
     torch.library.register_fake(f"megatron_lite::{name}", lambda *arguments: None, lib=_OPERATORS)
 
 
 @functools.cache
 def build_report() -> dict[str, str | None]:
-    """What setup.py wrote down: 'cpu', 'cuda' and 'index' with None, or why the part is missing; empty if unbuilt."""
+    """What setup.py wrote down: 'cpu', 'cuda' and 'index' with None, or why the part is missing; empty if unbuilt.
+
+    Of parts that were built: 'cpu_sets', the instruction sets ("portable avx2"); 'cpu_sets_missing', the first that the
+    compiler cannot compile for and what it said, or None; 'cuda_archs' ("sm_80 sm_90").
+    """
     if not BUILD_REPORT.exists():
         return {}
     return json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
@@ -105,7 +120,7 @@ def missing_cuda() -> str | None:
     if not hasattr(torch.ops.megatron_lite_cuda, "rms_norm"):
         reason = build_report().get("cuda") or "the library holds no CUDA kernels"
         return f"built without CUDA kernels ({reason}); install the CUDA toolkit (nvcc), {_REBUILD}"
-    return _missing_gpu()
+    return _missing_gpu() or _missing_code()
 
 
 @functools.cache
@@ -155,6 +170,22 @@ def _missing_gpu() -> str | None:
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0; choose another backend"
     return None
+
+
+def _missing_code() -> str | None:
+    """Machine code runs on GPUs of the same major capability that are not older; the PTX of the last architecture,
+    which setup.py embeds, on every later one."""
+    archs = [int(arch.removeprefix("sm_")) for arch in (build_report().get("cuda_archs") or "").split()]
+    major, minor = torch.cuda.get_device_capability()
+    here = 10 * major + minor
+    same_major = [arch for arch in archs if arch // 10 == major]
+    if not archs or here >= max(archs) or any(arch <= here for arch in same_major):
+        return None
+    named = " ".join(str(arch) for arch in sorted({*archs, here}))
+    return (
+        f"the CUDA kernels were built for {build_report()['cuda_archs']} and the GPU has compute capability "
+        f'{major}.{minor}; set MEGATRON_LITE_CUDA_ARCHS="{named}", {_REBUILD}'
+    )
 
 
 def run_cuda(name: str, *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ dx is the gradient of x and of the residual; dsum, the gradient of the sum, is a
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,11 @@ from megatron_lite.ops import checks, native
 APEX = "apex.normalization.fused_layer_norm"
 
 
-def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:
     """Raises ValueError unless the arguments of a norm over the last dimension fit each other."""
     checks.require_float(op, "x", x)
     checks.require(x.dim() >= 1 and x.shape[-1] > 0, op, "x", x, "[..., D] with D > 0")
+    checks.require_number(op, "eps", eps, 0, math.inf)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:
             continue

@@ -22,9 +22,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
 
     fp32, bf16, fp16 and fp64; everything between load and store is fp32 (fp64 for fp64). The weight has x's dtype or
     fp32. `backend` is one of auto, reference, cpu, triton, cuda, apex. Raises ValueError for one that cannot run, and
-    for arguments that do not fit each other.
+    for arguments that do not fit each other or an eps below 0.
     """
-    norm_kernels.check("rms_norm", x, weight, None, None)
+    norm_kernels.check("rms_norm", x, weight, None, None, eps)
     choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type).backend
     if choice == "reference":
         return rms_norm_reference(x, weight, eps)
@@ -43,7 +43,7 @@ def add_rms_norm(
     The sum is rounded to x's dtype before it is normalised, as in two operations. Gradients of both results flow: that
     of x, which is that of residual too, is the sum of the two, rounded once. Otherwise as `rms_norm`.
     """
-    norm_kernels.check("add_rms_norm", x, weight, None, residual)
+    norm_kernels.check("add_rms_norm", x, weight, None, residual, eps)
     choice = dispatch.select("rms_norm", backend, x.dtype, x.device.type).backend
     if choice == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)

@@ -40,7 +40,8 @@ def rotary(
     sin, fp64 with fp64; the products are taken in the precision of cos and sin and rounded once. Returns (q, k)
     rotated, in their dtypes: new tensors or, with `inplace`, q and k themselves (dense heads, no expanded dimension,
     and no gradient asked for: `rotary_projections` is for that). `backend` is one of auto, reference, cpu, triton,
-    cuda. Raises ValueError for other shapes and dtypes, and for a backend that cannot run.
+    cuda. Raises ValueError for other shapes and dtypes, for cos or sin that require a gradient, and for a backend that
+    cannot run.
     """
     _check(q, k, cos, sin)
     choice = dispatch.select("rotary", backend, q.dtype, q.device.type)
@@ -123,6 +124,9 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         takes = f"[B or 1, S, R/2] = [{batch} or 1, {tokens}, at most {dim // 2}], the same for cos and sin"
         checks.require(fits, "rotary", name, angles, takes)
         checks.require(angles.dtype == wide, "rotary", name, angles, checks.short(wide))
+        if torch.is_grad_enabled() and angles.requires_grad:
+            got = f"{checks.described(angles)} and requires a gradient"
+            raise ValueError(f"rotary: {name} is {got}, which it would not get; it takes angles without one: detach it")
     checks.require_device("rotary", "q", q, cos=cos, sin=sin)
 
 

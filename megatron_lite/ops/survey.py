@@ -17,8 +17,8 @@ def environment() -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, {_torch_cuda()}",
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "CPU kernels": cpu or f"built; they run with {native.instruction_set()}",
-        "CUDA C++ kernels": native.missing_cuda() or "built",
+        "CPU kernels": cpu or f"{_built('cpu_sets')}; they run with {native.instruction_set()}{_left_out()}",
+        "CUDA C++ kernels": native.missing_cuda() or _built("cuda_archs"),
         "Triton": _version("triton") + (f"; unused: {missing}" if (missing := native.missing_triton()) else ""),
         "apex": native.missing_apex_norms() or native.missing_apex_adam() or "usable",
         "data index": native.build_report().get("index") or "built",
@@ -35,6 +35,16 @@ def defects() -> list[str]:
     if torch.cuda.is_available():
         found += [f"there is a GPU, and yet: {missing}" for missing in (cuda, native.missing_triton()) if missing]
     return found
+
+
+def _built(targets: str) -> str:
+    known = native.build_report().get(targets)
+    return f"built for {known}" if known else "built"
+
+
+def _left_out() -> str:
+    missing = native.build_report().get("cpu_sets_missing")
+    return f"; the compiler had none for {missing}" if missing else ""
 
 
 def _torch_cuda() -> str:

@@ -4,24 +4,20 @@
     gradient of up   d a(g)
     gradient of gate d u a'(g)
 
-Only the input is saved; the backward computes a(g) again. Each kernel is an operator `megatron_lite::swiglu_<backend>`
-with fake and autograd registrations, so torch.compile takes it as it is.
+Only the input is saved; the backward computes a(g) again. See activation_kernels.py for the operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lite.ops import checks, dispatch, native
+from megatron_lite.ops import activation_kernels, checks, dispatch, native
+from megatron_lite.ops.activation_kernels import ACTIVATIONS
 from megatron_lite.ops.precision import wide
-
-ACTIVATIONS = ("silu", "gelu", "relu", "gelu_erf")
-"""In the order of csrc/common/activation.h."""
 
 
 def swiglu(gate_up: Tensor, activation: str = "silu", backend: str = "auto") -> Tensor:
@@ -39,7 +35,7 @@ def swiglu(gate_up: Tensor, activation: str = "silu", backend: str = "auto") -> 
     choice = dispatch.select("swiglu", backend, gate_up.dtype, gate_up.device.type)
     if choice.backend != "reference":
         if choice.backend == "cpu" and native.runs_bare():
-            return _forward_cpu(gate_up, activation)
+            return activation_kernels.bare_cpu("swiglu", activation, gate_up)
         return getattr(torch.ops.megatron_lite, f"swiglu_{choice.backend}")(gate_up, activation)
     if torch.compiler.is_compiling():  # the compiler fuses the plain form, and chooses itself what to keep
         return swiglu_reference(gate_up, activation)
@@ -80,56 +76,10 @@ class _Recomputing(torch.autograd.Function):
         return torch.autograd.grad(out, source, grads[0], create_graph=wants_second)[0], None
 
 
-def _forward_cpu(gate_up: Tensor, activation: str) -> Tensor:
-    return torch.ops.megatron_lite_cpu.swiglu(gate_up, ACTIVATIONS.index(activation))
-
-
-def _backward_cpu(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    return torch.ops.megatron_lite_cpu.swiglu_backward(d_out, gate_up, ACTIVATIONS.index(activation))
-
-
-def _forward_cuda(gate_up: Tensor, activation: str) -> Tensor:
-    return native.run_cuda("swiglu", gate_up, ACTIVATIONS.index(activation))
-
-
-def _backward_cuda(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    return native.run_cuda("swiglu_backward", d_out, gate_up, ACTIVATIONS.index(activation))
-
-
-def _forward_triton(gate_up: Tensor, activation: str) -> Tensor:
-    return native.run_triton("swiglu", "forward", gate_up, activation)
-
-
-def _backward_triton(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    return native.run_triton("swiglu", "backward", d_out, gate_up, activation)
-
-
 def _fake_forward(gate_up: Tensor, activation: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-def _fake_backward(d_out: Tensor, gate_up: Tensor, activation: str) -> Tensor:
-    return gate_up.new_empty(gate_up.shape)
-
-
-def _register(backend: str, dispatch_key: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> None:
-    """Defines the operators swiglu_<backend> and swiglu_<backend>_backward."""
-    name = f"swiglu_{backend}"
-
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.activation = inputs[1]
-
-    def gradient(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
-        backward_operator = getattr(torch.ops.megatron_lite, f"{name}_backward")
-        return backward_operator(d_out, *ctx.saved_tensors, ctx.activation), None
-
-    schema = f"{name}(Tensor gate_up, str activation) -> Tensor"
-    native.define_operator(schema, dispatch_key, forward, _fake_forward, gradient, setup_context)
-    schema = f"{name}_backward(Tensor d_out, Tensor gate_up, str activation) -> Tensor"
-    native.define_operator(schema, dispatch_key, backward, _fake_backward)
-
-
-_register("cpu", "CPU", _forward_cpu, _backward_cpu)
-_register("cuda", "CUDA", _forward_cuda, _backward_cuda)
-_register("triton", "CUDA", _forward_triton, _backward_triton)
+activation_kernels.register(
+    "swiglu", "Tensor gate_up, str activation", {name: name for name in ACTIVATIONS}, _fake_forward
+)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron_lite.ops.attention_sdpa import visible
-
-
-def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    lengths: Tensor | None = None,
-    slopes: Tensor | None = None,
-) -> Tensor:
-    return plain_lse(q, k, v, documents, causal, window, lengths, slopes)[0]
 
 
 def plain_lse(
@@ -44,6 +33,11 @@ def plain_lse(
     scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2), lse if lse.dtype == torch.float64 else lse.float()
+
+
+def plain(*arguments: Any, **options: Any) -> Tensor:
+    """The first of what plain_lse returns."""
+    return plain_lse(*arguments, **options)[0]
 
 
 def qkv(

@@ -34,6 +34,22 @@ def assert_within(name: str, actual: Tensor, plain: Tensor, exact: Tensor, facto
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails here too
 
 
+def count_caught(
+    name: str, actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], num_outputs: int, off: float
+) -> int:
+    """Judges results, the first num_outputs by factor 2 and the gradients behind them by factor 3. Returns how many of
+    them the rule no longer let through once they were made wrong by `off` of themselves: the negative control."""
+    caught = 0
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        factor = 2.0 if i < num_outputs else 3.0
+        assert_within(f"{name}: result {i}", a, p, e, factor)
+        try:
+            assert_within("control", a * (1 + off), p, e, factor)
+        except AssertionError:
+            caught += 1
+    return caught
+
+
 def run_with_gradients(op: Op, inputs: Sequence[Tensor], rounding: torch.dtype | None = None) -> list[Tensor]:
     """Outputs of op(*inputs), then the gradients of its inputs for random output gradients that are always the same.
 
@@ -66,6 +82,20 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert a.numel() > 0 and a.data_ptr() != b.data_ptr()
         assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), f"tensor {i} differs"
+
+
+def same_bits_for_any_threads(op: Op, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The results of run_with_gradients, which have the same bits for any number of threads, and twice for one."""
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            runs.append(run_with_gradients(op, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert_same_bits(runs[0], run)
+    return runs[0]
 
 
 def run_python(*arguments: str, **environment: str) -> str:

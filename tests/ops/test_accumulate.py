@@ -48,3 +48,11 @@ def test_strided_values() -> None:
 def test_bad_input(total: torch.Tensor, values: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"accumulate: (values|total) is"):
         accumulate(total, values)
+
+
+def test_autograd_sees_that_the_total_was_written() -> None:
+    total, scale = torch.ones(8), torch.ones(8, requires_grad=True)
+    product = scale * total
+    accumulate(total, torch.ones(8, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

@@ -234,6 +234,18 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "dtype of the gradients": (lambda a: a.update(gradients=torch.ones(8).long()), "gradients is .* int64"),
     "expanded moments": (lambda a: a.update(second=torch.ones(1).expand(8)), "second is .* contiguous memory"),
     "device": (lambda a: a.update(parameters=torch.ones(8, device="meta")), "parameters is .* the device of weights"),
+    "shared moments": (lambda a: a.update(second=a["first"]), r"second is \[8\] .* apart from that of first"),
+    "shared gradients": (lambda a: a.update(gradients=a["weights"]), "gradients is .* apart from that of weights"),
+    "shared parameters": (
+        lambda a: a.update(parameters=a["weights"].view(torch.bfloat16)[8:]),
+        r"parameters is \[8\] bf16 .* apart from that of weights",
+    ),
+    "sparse gradients": (lambda a: a.update(gradients=torch.ones(8).to_sparse()), "gradients is .* sparse_coo"),
+    "no pairs": (lambda a: a.update(undecayed=[2, 4]), r"undecayed is \[2, 4\]; it takes pairs"),
+    "half a pair": (lambda a: a.update(undecayed=[(2,)]), r"undecayed is \[\(2,\)\]; it takes pairs"),
+    "three in a pair": (lambda a: a.update(undecayed=[(2, 3, 4)]), r"undecayed is \[\(2, 3, 4\)\]; it takes pairs"),
+    "halves of numbers": (lambda a: a.update(undecayed=[(0.5, 3)]), "undecayed is .*0.5.* whole numbers"),
+    "no list": (lambda a: a.update(undecayed=None), "undecayed is None; it takes pairs"),
     "order": (lambda a: a.update(undecayed=[(4, 6), (1, 2)]), "undecayed is .* in order"),
     "beyond the end": (lambda a: a.update(undecayed=[(4, 9)]), "undecayed is .* n = 8"),
 }
@@ -245,6 +257,41 @@ def test_bad_input(change: Callable[[dict[str, Any]], None], message: str) -> No
     change(arguments)
     with pytest.raises(ValueError, match="adamw: " + message):
         adamw(*(arguments.pop(name) for name in ("weights", "first", "second", "gradients")), STEP, **arguments)
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("beta", [1.0, -0.1, math.nan, None])
+def test_a_beta_that_is_none(name: str, beta: float) -> None:
+    with pytest.raises(ValueError, match=rf"adamw: step.{name} is {beta}; it takes a number from 0 to below 1"):
+        adamw(*memory(8), dataclasses.replace(STEP, **{name: beta}))
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3, None, True])
+def test_a_setting_that_is_none(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"adamw: step.{name} is {value}; it takes a finite number, 0 or more"):
+        adamw(*memory(8), dataclasses.replace(STEP, **{name: value}))
+
+
+@pytest.mark.parametrize("value", [0, 1.0, None, True])
+def test_a_number_of_the_update_that_is_none(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"adamw: step.step is {value}; it takes the number of the update"):
+        adamw(*memory(8), dataclasses.replace(STEP, step=value))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_sees_that_weights_and_parameters_were_written(backend: str) -> None:
+    """What an earlier operation saved for its backward has changed since; the gradients have not."""
+    weights, first, second, gradients = memory(16)
+    scale, parameters = torch.ones(16, requires_grad=True), torch.ones(16)
+    products = [scale * tensor for tensor in (weights, first, second, parameters)]
+    unchanged = scale * gradients
+    with torch.no_grad():
+        adamw(weights, first, second, gradients, STEP, parameters=parameters, backend=backend)
+    unchanged.sum().backward()
+    for product in products:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
 
 
 @needs_native

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import attention
+from megatron_lite.ops import attention, attention_kernels, native
 from megatron_lite.ops.attention import attention_reference
 from megatron_lite.ops.attention_sdpa import visible
 from tests.ops.attention_plain import documents_of, plain, qkv
@@ -194,6 +195,53 @@ def test_rows_of_different_lengths_are_computed_as_if_alone(num_queries: int, wi
         k[row, length:], v[row, length:] = 1e6, -1e6
     assert torch.equal(attention(q, k, v, window=window, lengths=lengths, backend=backend), together)
     assert not torch.equal(attention(q, k, v, window=window, backend=backend), together)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_of_any_integers(backend: str) -> None:
+    q, k, v = qkv(3, 31, 4, 2, 16, torch.float64)
+    lengths = torch.tensor([31, 12, 17])
+    expected = attention(q[:, :9], k, v, lengths=lengths, backend=backend)
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        assert torch.equal(attention(q[:, :9], k, v, lengths=lengths.to(dtype), backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
+def test_larger_lengths_count_as_all_keys_where_they_are_not_looked_at(
+    dtype: torch.dtype, window: int | None, backend: str
+) -> None:
+    """As on a GPU. Of 300 keys, which 8 bits do not hold, none is lost to a wrapped length."""
+    for keys, lengths, expected in ((31, [40, 12, 31], [31, 12, 31]), (300, [255, 12, 90], [255, 12, 90])):
+        q, k, v = qkv(3, keys, 4, 2, 16, torch.float64)
+
+        def run(lengths: Tensor, tensors: tuple[Tensor, ...] = (q[:, :9], k, v)) -> Tensor:
+            return attention(*tensors, window=window, lengths=lengths, backend=backend)
+
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        right = run(torch.tensor(expected))
+        torch.testing.assert_close(compiled(torch.tensor(lengths, dtype=dtype)), right, rtol=0, atol=1e-13)
+
+
+@pytest.mark.skipif(
+    native.missing_cpu() is not None or not hasattr(torch.ops.megatron_lite_cuda, "attention"),
+    reason="built without CUDA kernels",
+)
+def test_the_cuda_kernels_are_told_what_shared_memory_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {}
+    device = types.SimpleNamespace(shared_memory_per_block_optin=101376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_of_q: device)
+    monkeypatch.setattr(native, "run_cuda", lambda name, *arguments: calls.update({name: arguments}))
+    q, k, v = qkv(1, 5, 2, 1, 16, torch.float32)
+    mask = (None, None, 0.25, True, 0, True)
+    attention_kernels._forward_cuda(q, k, v, *mask)
+    attention_kernels._backward_cuda(q, q, k, v, q, q[..., 0], None, *mask)
+    for name, arguments in calls.items():
+        names = [a.name for a in getattr(torch.ops.megatron_lite_cuda, name).default._schema.arguments]
+        given = dict(zip(names, arguments, strict=False))
+        assert len(names) == len(arguments) + 1 and given["shared_bytes"] == 101376 and given["window"] == 0
+    assert set(calls) == {"attention", "attention_backward"}
 
 
 def test_the_rule_catches_a_mask_that_lets_one_future_key_through() -> None:

@@ -1,10 +1,12 @@
 """CUDA kernels without a GPU: what nvcc makes of them for sm_80 and sm_90, and their numbers, emulated on the CPU.
 
 What an op brings is a line `// ceiling: ...` above each kernel, and tests/ops/cuda_cases/<op>.py; see runner.py there.
+The kernels are in csrc/<op>/cuda*.cu, or in a header of csrc/common that it includes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -26,6 +28,22 @@ ORDERS = ("0", "1", "7")  # threads run from the first to the last, from the las
 
 needs_emulation = pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 needs_nvcc = pytest.mark.skipif(build.NVCC is None, reason="nvcc is not installed")
+
+
+INCLUDE = re.compile(r'^#include "(common/\w+\.cuh)"', re.MULTILINE)
+
+
+def with_headers(source: Path) -> str:
+    """The text of a .cu file and of the headers of csrc/common that it includes, one through another, each once."""
+    texts = {source: source.read_text()}
+    found = [source]
+    while found:
+        headers = [ROOT / "csrc" / name for name in INCLUDE.findall(texts[found.pop()])]
+        for header in headers:
+            if header not in texts:
+                texts[header] = header.read_text()
+                found.append(header)
+    return "\n".join(texts.values())
 
 
 def ceilings_of(text: str) -> dict[str, tuple[int, int]]:
@@ -73,7 +91,7 @@ def test_compiles_without_spills_and_under_its_ceilings(source: Path, sm: int, t
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    ceilings, compiled = ceilings_of(source.read_text()), set()
+    ceilings, compiled = ceilings_of(with_headers(source)), set()
     for mangled, usage in usage_of(result.stderr):
         (kernel,) = [name for name in ceilings if f"{len(name)}{name}" in mangled]
         compiled.add(kernel)
@@ -92,17 +110,47 @@ def test_a_kernel_without_a_ceiling_is_noticed() -> None:
         ceilings_of(line + kernel.replace("f(", "g(") + "\n" + kernel)
 
 
+@needs_nvcc
+def test_a_launch_that_fails_is_an_error_code(tmp_path: Path) -> None:
+    """Of the real launch, which the emulation replaces. Where there is no GPU, no launch succeeds."""
+    program = tmp_path / "launch_errors"
+    source = build.EMULATION / "launch_errors.cu"
+    command = [str(build.NVCC), "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True, timeout=600)
+    codes = [int(code) for code in subprocess.run([program], capture_output=True, check=True).stdout.split()]
+    assert len(codes) == 5 and 0 not in codes
+    assert codes[1:3] == [9, 9], "more blocks than a grid takes: cudaErrorInvalidConfiguration, from `launch` itself"
+
+
+@needs_emulation
+def test_more_blocks_than_a_grid_takes_are_an_error() -> None:
+    """Of every op that launches a block for some rows or numbers: a count beyond 32 bits must not start a few."""
+    text = (build.EMULATION / "grid_controls.cu").read_text()
+    kernels = [ROOT / "csrc" / op / "cuda.cu" for op in re.findall(r'^#include "(\w+)/cuda.h"', text, re.MULTILINE)]
+    library = ctypes.CDLL(
+        str(build.build([*kernels, build.EMULATION / "grid_controls.cu", build.EMULATION / "cuda_emulation.cpp"]))
+    )
+    controls = re.findall(r"^CONTROL (\w+)", text, re.MULTILINE)
+    assert controls
+    for control in controls:
+        library.ml_emulation_refuse(0)  # so that a launch that is made returns, and is seen
+        assert getattr(library, control)() == 9, f"{control}: cudaErrorInvalidConfiguration"
+        assert library.ml_emulation_refuse(-1) == 0, f"{control} was launched"
+
+
 @needs_emulation
 @pytest.mark.parametrize("op", OPS)
 def test_numbers_in_the_emulation(op: str) -> None:
-    """Right whatever the order of the threads, to the same bits; and what is made wrong is caught."""
+    """Right whatever the order of the threads, to the same bits; what is made wrong is caught, and a launch that fails,
+    or a tensor on another device, raises."""
     build.build()  # once, not in each of the processes
 
-    def run(order: str) -> tuple[int, int, str]:
+    def run(order: str) -> tuple[int, int, str, dict[str, int]]:
         return json.loads(run_python("-m", "tests.ops.cuda_cases.runner", op, order, OMP_NUM_THREADS="1"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(run, ORDERS))
-    for caught, wrong, digest in results:
+    for caught, wrong, digest, launches in results:
         assert caught == wrong > 0
+        assert launches and all(launches.values()), f"an operator that launches nothing: {launches}"
         assert digest == results[0][2], "the bits depend on the order in which threads run"

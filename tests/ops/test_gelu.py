@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_lite.ops import gelu, native
+from megatron_lite.ops.activation_kernels import ACTIVATIONS
 from megatron_lite.ops.gelu import gelu_reference
-from megatron_lite.ops.swiglu import ACTIVATIONS
-from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
+from tests.ops import activation_checks
+from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients, same_bits_for_any_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMS = pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -45,14 +46,9 @@ def test_every_instruction_set(isa: int, dtype: torch.dtype, approximate: str) -
     torch.manual_seed(0)
     x, d_out = (3 * torch.randn(3, 111)).to(dtype), torch.randn(3, 111).to(dtype)
     number = ACTIVATIONS.index("gelu" if approximate == "tanh" else "gelu_erf")
-    operators = torch.ops.megatron_lite_cpu
-    actual = operators.gelu(x, number, isa), operators.gelu_backward(d_out, x, number, isa)
-    results = []
-    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
-        out = gelu_reference(leaf, approximate)
-        results.append((out.detach(), torch.autograd.grad(out, leaf, d_out.to(out.dtype))[0]))
-    for name, factor, own, plain, exact in zip(("out", "d_x"), (2.0, 3.0), actual, *results, strict=True):
-        assert_within(name, own, plain, exact, factor)
+    kernel = activation_checks.raw_kernel(torch.ops.megatron_lite_cpu, "gelu", number, isa)
+    caught = activation_checks.check(approximate, kernel, partial(gelu_reference, approximate=approximate), x, d_out)
+    assert caught == activation_checks.NUM_CONTROLS
 
 
 @needs_native
@@ -66,15 +62,7 @@ def test_strided_and_empty_inputs_and_independence_of_threads() -> None:
     x = torch.randn(300, 400).t()
     assert_same_bits([gelu(x)], [gelu(x.contiguous())])
     assert gelu(torch.empty(0, 3)).shape == (0, 3)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run_with_gradients(gelu, [x])
-        torch.set_num_threads(2)
-        two = run_with_gradients(gelu, [x])
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(one, two)
+    same_bits_for_any_threads(gelu, [x])
 
 
 def test_saves_only_its_input() -> None:

@@ -6,20 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import add_layer_norm, layer_norm, native
-from megatron_lite.ops.layer_norm import add_layer_norm_reference, layer_norm_reference
-from tests.ops import norm_checks
+from megatron_lite.ops import layer_norm
+from megatron_lite.ops.layer_norm import layer_norm_reference
 from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients
 
-needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 op = functools.partial(layer_norm, eps=1e-5)
-ADDITION = norm_checks.Subject(
-    "layer_norm",
-    functools.partial(add_layer_norm, eps=1e-5),
-    functools.partial(add_layer_norm_reference, eps=1e-5),
-    has_bias=True,
-)
 plain = functools.partial(layer_norm_reference, eps=1e-5)
 
 
@@ -67,50 +59,3 @@ def test_the_rule_catches_the_unbiased_variance() -> None:
 
     with pytest.raises(AssertionError, match="output 0"):
         check_against_plain(unbiased, plain, inputs(3, 512, torch.float32))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_addition_is_as_exact_as_plain_torch(dtype: torch.dtype) -> None:
-    norm_checks.check_addition(ADDITION, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_addition_of_strided_and_of_no_rows(dtype: torch.dtype) -> None:
-    norm_checks.check_layouts(ADDITION, dtype)
-
-
-@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
-def test_addition_gives_the_same_bits_again(dtype: torch.dtype) -> None:
-    norm_checks.check_bits(ADDITION, dtype)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
-@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
-def test_addition_with_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
-    norm_checks.check_every_instruction_set(ADDITION, isa, dtype)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operator_registrations_of_the_addition(dtype: torch.dtype) -> None:
-    norm_checks.check_registrations(ADDITION, dtype)
-
-
-def test_gradcheck_of_the_addition_in_float64() -> None:
-    inputs_of = [t.requires_grad_() for t in ADDITION.inputs((3, 7), torch.float64)]
-    assert torch.autograd.gradcheck(ADDITION.op, inputs_of)
-
-
-@needs_native
-def test_bad_input() -> None:
-    norm_checks.check_bad_input(ADDITION)
-
-
-def test_the_rule_catches_a_lost_gradient_and_a_forgotten_residual() -> None:
-    norm_checks.check_control(ADDITION)
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_apex_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
-    norm_checks.check_apex(monkeypatch, ADDITION, torch.bfloat16, weight_dtype)

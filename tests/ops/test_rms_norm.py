@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import add_rms_norm, native, rms_norm
-from megatron_lite.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
-from tests.ops import norm_checks
-from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
+from megatron_lite.ops import native, rms_norm
+from megatron_lite.ops.rms_norm import rms_norm_reference
+from tests.ops.oracle import (
+    assert_same_bits,
+    assert_within,
+    check_against_plain,
+    run_with_gradients,
+    same_bits_for_any_threads,
+)
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -17,12 +23,6 @@ NATIVE_DTYPES = DTYPES[:3]
 
 needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
 kernel = functools.partial(rms_norm, eps=EPS)
-ADDITION = norm_checks.Subject(
-    "rms_norm",
-    functools.partial(add_rms_norm, eps=1e-5),
-    functools.partial(add_rms_norm_reference, eps=1e-5),
-    has_bias=False,
-)
 plain = functools.partial(rms_norm_reference, eps=EPS)
 
 
@@ -80,17 +80,7 @@ def test_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_deterministic_and_independent_of_the_number_of_threads(dtype: torch.dtype) -> None:
-    arguments = inputs(4099, 512, dtype)
-    before = torch.get_num_threads()
-    try:
-        runs = []
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
-            runs.append(run_with_gradients(kernel, arguments))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert_same_bits(runs[0], run)
+    same_bits_for_any_threads(kernel, inputs(4099, 512, dtype))
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
@@ -164,6 +154,12 @@ def test_operator_registrations(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.megatron_lite.rms_norm_cpu.default, arguments)
 
 
+@pytest.mark.parametrize("eps", [None, "1e-5", True, 10**400, -1.0], ids=lambda eps: str(eps)[:8])
+def test_an_eps_that_is_none(eps: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^rms_norm: eps is {eps!r}; it takes a finite number, 0 or more$"):
+        rms_norm(torch.ones(2, 8), torch.ones(8), eps)
+
+
 @needs_native
 def test_a_second_derivative_is_refused() -> None:
     x, weight = (t.requires_grad_() for t in inputs(2, 8, torch.float32))
@@ -200,50 +196,3 @@ def test_the_rule_catches_an_error_of_four_units(dtype: torch.dtype, wrong: str)
 
     with pytest.raises(AssertionError, match="output 0" if wrong == "output" else "gradient of input"):
         check_against_plain(Perturbed.apply, plain, inputs(3, 512, dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_addition_is_as_exact_as_plain_torch(dtype: torch.dtype) -> None:
-    norm_checks.check_addition(ADDITION, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_addition_of_strided_and_of_no_rows(dtype: torch.dtype) -> None:
-    norm_checks.check_layouts(ADDITION, dtype)
-
-
-@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
-def test_addition_gives_the_same_bits_again(dtype: torch.dtype) -> None:
-    norm_checks.check_bits(ADDITION, dtype)
-
-
-@needs_native
-@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
-@pytest.mark.parametrize("dtype", norm_checks.NATIVE_DTYPES, ids=str)
-def test_addition_with_every_instruction_set(isa: int, dtype: torch.dtype) -> None:
-    norm_checks.check_every_instruction_set(ADDITION, isa, dtype)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operator_registrations_of_the_addition(dtype: torch.dtype) -> None:
-    norm_checks.check_registrations(ADDITION, dtype)
-
-
-def test_gradcheck_of_the_addition_in_float64() -> None:
-    inputs_of = [t.requires_grad_() for t in ADDITION.inputs((3, 7), torch.float64)]
-    assert torch.autograd.gradcheck(ADDITION.op, inputs_of)
-
-
-@needs_native
-def test_bad_input() -> None:
-    norm_checks.check_bad_input(ADDITION)
-
-
-def test_the_rule_catches_a_lost_gradient_and_a_forgotten_residual() -> None:
-    norm_checks.check_control(ADDITION)
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_apex_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
-    norm_checks.check_apex(monkeypatch, ADDITION, torch.bfloat16, weight_dtype)

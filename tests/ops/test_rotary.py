@@ -11,7 +11,13 @@ from torch import Tensor
 from megatron_lite.ops import native, rotary
 from megatron_lite.ops.rotary import rotary_projections, rotary_reference
 from megatron_lite.ops.split_projections import split_projections
-from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
+from tests.ops.oracle import (
+    assert_same_bits,
+    assert_within,
+    check_against_plain,
+    run_with_gradients,
+    same_bits_for_any_threads,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
@@ -135,16 +141,7 @@ def test_scores_depend_on_the_distance_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_and_independent_of_threads(dtype: torch.dtype) -> None:
-    op, arguments = at(rotary, *angles(1, 301, 40)), qk(2, 301, 4, 2, 40, dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run_with_gradients(op, arguments)
-        torch.set_num_threads(2)
-        two = run_with_gradients(op, arguments)
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(one, two)
+    same_bits_for_any_threads(at(rotary, *angles(1, 301, 40)), qk(2, 301, 4, 2, 40, dtype))
 
 
 @LAYOUTS
@@ -296,3 +293,18 @@ def test_the_rule_catches_a_backward_by_the_wrong_angle() -> None:
 
     with pytest.raises(AssertionError, match="gradient of input 0"):
         check_against_plain(Wrong.apply, at(rotary_reference, cos, sin), qk(1, 5, 2, 1, 16, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_angles_that_want_a_gradient_are_refused(name: str) -> None:
+    """They would get none. Where no gradients are taken, none is missed."""
+    x, (cos, sin) = torch.randn(1, 3, 2, 8), angles(1, 3, 8)
+    {"cos": cos, "sin": sin}[name].requires_grad_()
+    message = rf"rotary: {name} is \[1, 3, 4\] fp32 on cpu and requires a gradient"
+    with pytest.raises(ValueError, match=message):
+        rotary(x, x, cos, sin)
+    qkv, shapes = torch.randn(3, 24), [(1, 3, 1, 8)] * 3
+    with pytest.raises(ValueError, match=message):
+        rotary_projections(qkv, shapes, cos, sin)
+    with torch.no_grad():
+        assert not rotary(x, x, cos, sin)[0].requires_grad

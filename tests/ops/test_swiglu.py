@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from megatron_lite.ops import native, swiglu
-from megatron_lite.ops.swiglu import ACTIVATIONS, swiglu_reference
-from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
+from megatron_lite.ops.activation_kernels import ACTIVATIONS
+from megatron_lite.ops.swiglu import swiglu_reference
+from tests.ops import activation_checks
+from tests.ops.oracle import assert_same_bits, check_against_plain, run_with_gradients, same_bits_for_any_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMS = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -67,16 +69,8 @@ def test_strided_input_and_leading_dimensions(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_and_independent_of_threads_and_rows(dtype: torch.dtype) -> None:
     x = gate_up(1031, 59, dtype)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run_with_gradients(swiglu, [x])
-        torch.set_num_threads(2)
-        two = run_with_gradients(swiglu, [x])
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(one, two)
-    assert_same_bits([one[0][:5].clone()], [swiglu(x[:5].clone())])
+    out = same_bits_for_any_threads(swiglu, [x])[0]
+    assert_same_bits([out[:5].clone()], [swiglu(x[:5].clone())])
 
 
 @FORMS
@@ -99,14 +93,9 @@ def test_saves_only_its_input(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set(isa: int, dtype: torch.dtype, activation: str) -> None:
     x, d_out = gate_up(5, 111, dtype), gate_up(5, 111, dtype)[:, 111:].contiguous()
-    number, operators = ACTIVATIONS.index(activation), torch.ops.megatron_lite_cpu
-    actual = operators.swiglu(x, number, isa), operators.swiglu_backward(d_out, x, number, isa)
-    results = []
-    for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
-        out = swiglu_reference(leaf, activation)
-        results.append((out.detach(), torch.autograd.grad(out, leaf, d_out.to(out.dtype))[0]))
-    for name, factor, own, plain, exact in zip(("out", "d_gate_up"), (2.0, 3.0), actual, *results, strict=True):
-        assert_within(name, own, plain, exact, factor)
+    kernel = activation_checks.raw_kernel(torch.ops.megatron_lite_cpu, "swiglu", ACTIVATIONS.index(activation), isa)
+    caught = activation_checks.check(activation, kernel, partial(swiglu_reference, activation=activation), x, d_out)
+    assert caught == activation_checks.NUM_CONTROLS
 
 
 @needs_native

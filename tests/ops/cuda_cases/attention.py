@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,8 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tests.ops.oracle import assert_within
+from tests.ops.emulation import build
+from tests.ops.oracle import assert_same_bits, assert_within
 
+# Shared memory that a block can have on sm_86 and sm_89. sm_80, which is emulated, has 163 KiB.
+LEAST_SHARED_BYTES = 99 * 1024
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -70,6 +75,7 @@ def check_numbers() -> int:
     for dtype in DTYPES:
         caught += sum(_check(case, dtype) for case in CASES) + _masks_that_are_wrong(dtype)
         _check_edges(dtype)
+        _check_devices_with_less_shared_memory(dtype)
         _check_bad_input(dtype)
     return caught
 
@@ -85,12 +91,20 @@ def _inputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [t * case.size for t in tensors[:3]] + [tensors[3]] if case.size != 1.0 else tensors
 
 
-def _kernel(case: Case, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def _kernel(case: Case, inputs: list[Tensor], shared_bytes: int | None = None) -> tuple[Tensor, ...]:
     q, k, v, d_out = inputs
+    shared_bytes = shared_bytes or _shared_bytes()
     mask = (case.bounds(), case.alibi(), case.dim**-0.5, case.causal, case.window)
-    out, lse = torch.ops.megatron_lite_cuda.attention(q, k, v, *mask, 0)
+    out, lse = torch.ops.megatron_lite_cuda.attention(q, k, v, *mask, shared_bytes, 0)
     d_lse = _d_lse(lse) if case.d_lse else None
-    return out, lse, *torch.ops.megatron_lite_cuda.attention_backward(d_out, q, k, v, out, lse, d_lse, *mask, False, 0)
+    saved = (d_out, q, k, v, out, lse, d_lse)
+    return out, lse, *torch.ops.megatron_lite_cuda.attention_backward(*saved, *mask, False, shared_bytes, 0)
+
+
+def _shared_bytes() -> int:
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.get_device_properties().shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return 163 * 1024
 
 
 def _d_lse(lse: Tensor) -> Tensor:
@@ -207,6 +221,41 @@ def _check_edges(dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
+def _check_devices_with_less_shared_memory(dtype: torch.dtype) -> None:
+    """What takes most shared memory runs there, to the same bits."""
+    for case in (case for case in CASES if case.dim > 64):
+        inputs = _inputs(case, dtype)
+        expected = _kernel(case, inputs)
+        with _device_with(LEAST_SHARED_BYTES):
+            assert_same_bits(_kernel(case, inputs, LEAST_SHARED_BYTES), expected)
+    if torch.get_default_device().type == "cuda":
+        return
+    # Negative control: there the tiles of 163 KiB are refused, as that device would.
+    with _device_with(LEAST_SHARED_BYTES):
+        for dim, runs in ((64, True), (128, False), (256, False)):
+            case = Case(40, 40, dim)
+            try:
+                _kernel(case, _inputs(case, dtype))
+                did_run = True
+            except RuntimeError:
+                did_run = False
+            assert did_run == runs, f"head dimension {dim}"
+
+
+@contextlib.contextmanager
+def _device_with(shared_bytes: int) -> Iterator[None]:
+    """The emulated device gives a block no more. A GPU is as it is, and takes the smaller tiles as well."""
+    if torch.get_default_device().type == "cuda":
+        yield
+        return
+    emulation = ctypes.CDLL(str(build.build()))  # the one that is loaded already
+    before = emulation.ml_emulation_shared(shared_bytes)
+    try:
+        yield
+    finally:
+        emulation.ml_emulation_shared(before)
+
+
 def _check_bad_input(dtype: torch.dtype) -> None:
     """What the kernels do not take is refused before a pointer is read."""
     q, k, v, _ = _inputs(Case(5, 5, 32, heads=4, key_heads=2), dtype)
@@ -223,8 +272,14 @@ def _check_bad_input(dtype: torch.dtype) -> None:
     ]
     for call in calls:
         try:
-            torch.ops.megatron_lite_cuda.attention(*call, 1.0, True, 0, 0)
+            torch.ops.megatron_lite_cuda.attention(*call, 1.0, True, 0, _shared_bytes(), 0)
         except RuntimeError as error:
             assert "attention" in str(error)
         else:
             raise AssertionError("taken")
+    try:
+        torch.ops.megatron_lite_cuda.attention(q, k, v, None, None, 1.0, True, 0, 48 * 1024, 0)
+    except RuntimeError as error:
+        assert "bytes of shared memory for a block, this one has 49152" in str(error)
+    else:
+        raise AssertionError("taken")

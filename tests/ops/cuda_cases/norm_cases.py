@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tests.ops.oracle import assert_within
+from tests.ops.oracle import count_caught
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One pack a thread, two, four, and the kernels for rows that no packs hold: of odd length, and of too many numbers.
-SHAPES = ((1, 40), (3, 59), (67, 111), (33, 2048), (5, 4096), (2, 16384))
+SHAPES = ((1, 40), (3, 59), (67, 111), (33, 2048), (5, 4096), (2, 16384), (37, 12_296))
 EPS = 1e-5
 Plain = Callable[..., Tensor]
 
@@ -76,13 +76,8 @@ def _check(
         actual = _kernel(norm, used, parameters, d_outputs)
         expected = _reference(plain, None, used, parameters, d_outputs)
         exact = _reference(plain, torch.float64, used, parameters, d_outputs)
-        for i, (a, p, e) in enumerate(zip(actual, expected, exact, strict=True)):
-            factor = 2.0 if i < len(used) else 3.0
-            assert_within(f"{norm} {i} {dtype} {tuple(inputs[0].shape)}", a, p, e, factor)
-            try:
-                assert_within("control", a * (1 + 16 * torch.finfo(dtype).eps), p, e, factor)
-            except AssertionError:
-                caught += 1
+        name = f"{norm} {dtype} {tuple(inputs[0].shape)}"
+        caught += count_caught(name, actual, expected, exact, len(used), 16 * torch.finfo(dtype).eps)
     return caught
 
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from megatron_lite.ops.swiglu import ACTIVATIONS, swiglu_reference
-from tests.ops.oracle import assert_within
+from megatron_lite.ops.activation_kernels import ACTIVATIONS
+from megatron_lite.ops.swiglu import swiglu_reference
+from tests.ops import activation_checks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of packs, of single numbers, and of more columns than a block's.
 SHAPES = ((3, 40), (2, 59), (2, 2304))
-NUM_CONTROLS = len(DTYPES) * (len(SHAPES) + 1) * len(ACTIVATIONS) * 2  # one more shape, misaligned; out and d_gate_up
+# One more shape, misaligned.
+NUM_CONTROLS = len(DTYPES) * (len(SHAPES) + 1) * len(ACTIVATIONS) * activation_checks.NUM_CONTROLS
 
 
 def check_numbers() -> int:
@@ -24,40 +28,24 @@ def check_numbers() -> int:
     return caught
 
 
-def _kernel(gate_up: Tensor, d_out: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    number, operators = ACTIVATIONS.index(activation), torch.ops.megatron_lite_cuda
-    return operators.swiglu(gate_up, number, 0), operators.swiglu_backward(d_out, gate_up, number, 0)
-
-
-def _results(gate_up: Tensor, d_out: Tensor, activation: str) -> list[Tensor]:
-    leaf = gate_up.clone().requires_grad_()
-    out = swiglu_reference(leaf, activation)
-    return [out.detach(), *torch.autograd.grad(out, leaf, d_out)]
+def _kernel(activation: str) -> activation_checks.Kernel:
+    return activation_checks.raw_kernel(torch.ops.megatron_lite_cuda, "swiglu", ACTIVATIONS.index(activation), 0)
 
 
 def _check(gate_up: Tensor, activation: str) -> int:
-    """Checks out and d_gate_up; returns how many of them, once made wrong by 32 units, were caught."""
-    dtype, d_out = gate_up.dtype, torch.randn(gate_up.shape[0], gate_up.shape[1] // 2).to(gate_up.dtype)
-    results = _kernel(gate_up, d_out, activation)
-    plain, exact = (_results(gate_up.to(t), d_out.to(t), activation) for t in (dtype, torch.float64))
-    caught = 0
-    for name, actual, p, e in zip(("out", "d_gate_up"), results, plain, exact, strict=True):
-        factor = 2.0 if name == "out" else 3.0
-        assert_within(f"{name} {activation} {dtype} {tuple(gate_up.shape)}", actual, p, e, factor)
-        try:
-            assert_within(name, actual * (1 + 32 * torch.finfo(dtype).eps), p, e, factor)
-        except AssertionError:
-            caught += 1
-    return caught
+    d_out = torch.randn(gate_up.shape[0], gate_up.shape[1] // 2).to(gate_up.dtype)
+    reference = partial(swiglu_reference, activation=activation)
+    return activation_checks.check(activation, _kernel(activation), reference, gate_up, d_out)
 
 
 def _check_edges(dtype: torch.dtype, activation: str) -> None:
     """No rows, large values, NaN."""
+    kernel = _kernel(activation)
     empty = torch.empty(0, 16, dtype=dtype)
-    assert [t.shape for t in _kernel(empty, empty[:, :8], activation)] == [(0, 8), (0, 16)]
+    assert [t.shape for t in kernel(empty, empty[:, :8])] == [(0, 8), (0, 16)]
     gate_up = torch.ones(1, 16, dtype=dtype)
     gate_up[0, :4] = torch.tensor([1e4, -1e4, 30.0, -200.0], dtype=dtype)
     ones = torch.ones(1, 8, dtype=dtype)
-    assert all(torch.isfinite(t).all() for t in _kernel(gate_up, ones, activation))
+    assert all(torch.isfinite(t).all() for t in kernel(gate_up, ones))
     gate_up[0, 5] = torch.nan
-    assert _kernel(gate_up, ones, activation)[0].isnan().nonzero().tolist() == [[0, 5]]
+    assert kernel(gate_up, ones)[0].isnan().nonzero().tolist() == [[0, 5]]

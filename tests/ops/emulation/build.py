@@ -84,7 +84,7 @@ def load(library: Path | None = None) -> ctypes.CDLL:
     """Registers torch.ops.megatron_lite_cuda for the CPU, in a process that does without the package's own library.
 
     ml_emulation_order(seed) of the result sets the order in which threads run: 0 first to last, 1 last to first, more:
-    shuffled.
+    shuffled. ml_emulation_refuse(number) makes the launch of that number from now fail.
     """
     native.LIBRARY = EMULATION / "none.so"  # megatron_lite_cuda can be registered once only
     assert native.missing_cpu() is not None, "the package's own library is loaded already"

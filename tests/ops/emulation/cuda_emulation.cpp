@@ -60,6 +60,8 @@ struct Machine {
   jmp_buf scheduler;
   int running = 0, num_threads = 0, at_barrier = 0, num_ended = 0;
   int order_seed = 0;
+  size_t max_shared_bytes = kMaxSharedBytes;
+  int launches_to_refusal = -1;
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -199,7 +201,7 @@ void check_same_place(const Fiber& fiber, Here here) {
 bool is_legal(dim3 grid, dim3 block, size_t shared_bytes) {
   const auto threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   return threads > 0 && threads <= kMaxThreads && block.z <= 64 && grid.x > 0 && grid.x <= 0x7fffffffu && grid.y > 0 &&
-         grid.y <= 65535 && grid.z > 0 && grid.z <= 65535 && shared_bytes <= kMaxSharedBytes;
+         grid.y <= 65535 && grid.z > 0 && grid.z <= 65535 && shared_bytes <= machine().max_shared_bytes;
 }
 
 }  // namespace
@@ -252,7 +254,8 @@ void warp_collective(void* data, void (*function)(void* const* lanes, void* cont
 cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* arguments) {
   auto& m = machine();
   const std::lock_guard lock(m.mutex);
-  if (!is_legal(grid, block, shared_bytes)) return cudaErrorInvalidConfiguration;
+  const bool is_refused = m.launches_to_refusal >= 0 && m.launches_to_refusal-- == 0;
+  if (is_refused || !is_legal(grid, block, shared_bytes)) return cudaErrorInvalidConfiguration;
   m.num_threads = static_cast<int>(block.x * block.y * block.z);
   make_fibers(m.num_threads);
   m.warps.resize((m.num_threads + 31) / 32);
@@ -281,6 +284,17 @@ cudaError_t run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(vo
 extern "C" {
 
 __attribute__((visibility("default"))) void ml_emulation_order(int seed) { ml::emulated::machine().order_seed = seed; }
+
+// Makes it a device that gives a block no more than `bytes`; returns what it gave before.
+__attribute__((visibility("default"))) int ml_emulation_shared(int bytes) {
+  return static_cast<int>(std::exchange(ml::emulated::machine().max_shared_bytes, static_cast<size_t>(bytes)));
+}
+
+// The launch of this number from now, from 0, is refused; with -1 none. Returns how many launches stood before the one
+// that was to be refused, and -1 if it has been.
+__attribute__((visibility("default"))) int ml_emulation_refuse(int number) {
+  return std::exchange(ml::emulated::machine().launches_to_refusal, number);
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration";

@@ -5,13 +5,12 @@ from collections.abc import Iterator
 import torch
 
 from megatron_lite._csrc.rotary import triton as kernels
-from megatron_lite.ops.rotary import rotary_reference
-from tests.ops.oracle import assert_within
+from tests.ops import rotary_checks
 from tests.ops.triton_cases.case import POINTERS, Case, number_dtypes
 
 # Head dimension and how much of it is rotated.
 DIMS = ((40, 40), (64, 24), (6, 6), (118, 66))
-NUM_CONTROLS = len(number_dtypes()) * len(DIMS) * 2 * 2 * 2  # layouts; angles of a row and of all; q and k
+NUM_CONTROLS = len(number_dtypes()) * len(DIMS) * rotary_checks.NUM_CONTROLS
 
 
 def compile_cases() -> Iterator[Case]:
@@ -41,35 +40,7 @@ def check_numbers() -> int:
     empty = torch.empty(1, 0, 2, 8)
     kernels.rotate(empty, empty, empty[:, :, 0, :4], empty[:, :, 0, :4], False, False, empty, empty)
     return sum(
-        _check(dim, num_rotated, dtype, interleaved, angle_batch)
+        rotary_checks.check(kernels.rotate, dim, num_rotated, dtype)
         for dtype in number_dtypes()
         for dim, num_rotated in DIMS
-        for interleaved in (False, True)
-        for angle_batch in (1, 2)
     )
-
-
-def _check(dim: int, num_rotated: int, dtype: torch.dtype, interleaved: bool, angle_batch: int) -> int:
-    """Rotates slices of one tensor, and back in place; returns how many wrong angles were caught, of q and k."""
-    torch.manual_seed(dim)
-    fused = torch.randn(2, 3, 6, dim).to(dtype)
-    q, k = fused[:, :, :4], fused[:, :, 4:5]
-    theta = 10 * torch.rand(angle_batch, 3, num_rotated // 2)
-    cos, sin = theta.cos(), theta.sin()
-    outputs = torch.full_like(q, torch.nan), torch.full_like(k, torch.nan)
-    kernels.rotate(q, k, cos, sin, interleaved, False, *outputs)
-    plain = rotary_reference(q, k, cos, sin, interleaved)
-    exact = rotary_reference(q.double(), k.double(), cos.double(), sin.double(), interleaved)
-    caught = 0
-    for name, actual, p, e in zip(("q", "k"), outputs, plain, exact, strict=True):
-        assert_within(f"{name} {dtype} {dim} {num_rotated} {interleaved}", actual, p, e, 2.0)
-    for name, actual, p, e in zip(("q", "k"), (q, k), plain, exact, strict=True):
-        try:
-            assert_within(name, actual.clone(), p, e, 2.0)
-        except AssertionError:
-            caught += 1
-    kernels.rotate(*outputs, cos, sin, interleaved, True, *outputs)
-    for name, actual, before in zip(("q", "k"), outputs, (q, k), strict=True):
-        unit = 4 * torch.finfo(dtype).eps * float(before.abs().max())  # two roundings of each number, there and back
-        assert (actual - before).abs().max() <= unit, f"{name} is not rotated back"
-    return caught

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,22 @@ def usage(binary: Any) -> dict[str, int]:
     }
 
 
-def compile_all(op: str, sm: int) -> dict[str, Any]:
-    report = []
-    for case in importlib.import_module(f"tests.ops.triton_cases.{op}").compile_cases():
+def with_ones(cases: Iterable[Case], sm: int) -> Iterator[Case]:
+    """The cases for this compute capability, and behind the first of each kernel that has integers to make constants of
+    the same with these."""
+    seen = set()
+    for case in cases:
         if case.sm not in (None, sm):
             continue
+        yield case
+        if case.kernel not in seen and (ones := case.with_ones()) is not None:
+            seen.add(case.kernel)
+            yield ones
+
+
+def compile_all(op: str, sm: int) -> dict[str, Any]:
+    report = []
+    for case in with_ones(importlib.import_module(f"tests.ops.triton_cases.{op}").compile_cases(), sm):
         report.append({"name": case.name, "kernel": case.kernel.__name__, **usage(compiled(case, sm))})
     return {"ceilings": importlib.import_module(f"megatron_lite._csrc.{op}.triton").CEILINGS, "cases": report}
 

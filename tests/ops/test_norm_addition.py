@@ -1,19 +1,32 @@
-"""What the tests of the two norms share: they differ in their parameters alone."""
+"""The two norms with an addition before them: they differ in their parameters alone."""
 
 from __future__ import annotations
 
+import functools
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_lite.ops import norm_kernels
-from tests.ops.oracle import assert_same_bits, assert_within, check_against_plain, run_with_gradients
+from megatron_lite.ops import add_layer_norm, add_rms_norm, native, norm_kernels
+from megatron_lite.ops.layer_norm import add_layer_norm_reference
+from megatron_lite.ops.rms_norm import add_rms_norm_reference
+from tests.ops.oracle import (
+    assert_same_bits,
+    assert_within,
+    check_against_plain,
+    run_with_gradients,
+    same_bits_for_any_threads,
+)
 
 EPS = 1e-5
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NATIVE_DTYPES = DTYPES[:3]
 SHAPES = ((1, 512), (3, 40), (4099, 59), (31, 32), (33, 1), (65, 4096), (7, 10_007), (2, 3, 5, 48))
 
 
@@ -34,7 +47,25 @@ class Subject:
         return [t.to(dtype) for t in (*rows, *parameters)]
 
 
-def check_addition(subject: Subject, dtype: torch.dtype) -> None:
+RMS_NORM = Subject(
+    "rms_norm",
+    functools.partial(add_rms_norm, eps=EPS),
+    functools.partial(add_rms_norm_reference, eps=EPS),
+    has_bias=False,
+)
+LAYER_NORM = Subject(
+    "layer_norm",
+    functools.partial(add_layer_norm, eps=EPS),
+    functools.partial(add_layer_norm_reference, eps=EPS),
+    has_bias=True,
+)
+BOTH = pytest.mark.parametrize("subject", [RMS_NORM, LAYER_NORM], ids=lambda subject: subject.norm)
+needs_native = pytest.mark.skipif(native.missing_cpu() is not None, reason=str(native.missing_cpu()))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_exact_as_plain_torch(subject: Subject, dtype: torch.dtype) -> None:
     """Against float64, at odd shapes and large values; the sum is rounded before it is normalised."""
     for shape in SHAPES:
         check_against_plain(subject.op, subject.plain, subject.inputs(shape, dtype))
@@ -48,7 +79,9 @@ def check_addition(subject: Subject, dtype: torch.dtype) -> None:
     assert all(torch.isfinite(t).all() for t in run_with_gradients(subject.op, [x, residual, *parameters]))
 
 
-def check_layouts(subject: Subject, dtype: torch.dtype) -> None:
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_and_no_rows(subject: Subject, dtype: torch.dtype) -> None:
     """Strided and expanded inputs, and no rows."""
     x, residual, *parameters = subject.inputs((12, 118), dtype)
     parameters = [p[:59] for p in parameters]
@@ -62,21 +95,17 @@ def check_layouts(subject: Subject, dtype: torch.dtype) -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients[2:])
 
 
-def check_bits(subject: Subject, dtype: torch.dtype) -> None:
-    """The same bits twice and for any number of threads."""
-    inputs = subject.inputs((259, 111), dtype)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            runs.append(run_with_gradients(subject.op, inputs))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert_same_bits(runs[0], run)
+@BOTH
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_deterministic_and_independent_of_threads(subject: Subject, dtype: torch.dtype) -> None:
+    same_bits_for_any_threads(subject.op, subject.inputs((259, 111), dtype))
 
 
-def check_every_instruction_set(subject: Subject, isa: int, dtype: torch.dtype) -> None:
+@needs_native
+@BOTH
+@pytest.mark.parametrize("isa", [0, 1, 2, 3], ids=["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_every_instruction_set(subject: Subject, isa: int, dtype: torch.dtype) -> None:
     """A set that this CPU lacks runs as the best below it. Seven rows take other code than one, to the same bits."""
     raw = torch.ops.megatron_lite_cpu
     for dim in (111, 128):
@@ -101,7 +130,10 @@ def check_every_instruction_set(subject: Subject, isa: int, dtype: torch.dtype) 
             assert_same_bits([t[row].clone() for t in actual[:3]], [t[0].clone() for t in run(slice(row, row + 1))[:3]])
 
 
-def check_registrations(subject: Subject, dtype: torch.dtype) -> None:
+@needs_native
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operator_registrations(subject: Subject, dtype: torch.dtype) -> None:
     x, residual, *parameters = subject.inputs((6, 40), dtype)
     total, _, *numbers = getattr(torch.ops.megatron_lite_cpu, f"add_{subject.norm}")(x, residual, *parameters, EPS)
     operators = torch.ops.megatron_lite
@@ -113,7 +145,15 @@ def check_registrations(subject: Subject, dtype: torch.dtype) -> None:
     assert_same_bits(run_with_gradients(compiled, leaves), run_with_gradients(subject.op, leaves))
 
 
-def check_bad_input(subject: Subject) -> None:
+@BOTH
+def test_gradcheck_in_float64(subject: Subject) -> None:
+    leaves = [t.requires_grad_() for t in subject.inputs((3, 7), torch.float64)]
+    assert torch.autograd.gradcheck(subject.op, leaves)
+
+
+@needs_native
+@BOTH
+def test_bad_input(subject: Subject) -> None:
     """Each is a ValueError that says what was given and what is taken; the raw operator refuses it too."""
     x, residual, weight, *bias = subject.inputs((4, 16), torch.float16)
     name = f"add_{subject.norm}"
@@ -125,9 +165,18 @@ def check_bad_input(subject: Subject) -> None:
         (f"{name}: weight is .16. bf16", [x, residual, weight.bfloat16(), *bias]),
         (f"{name}: x is .4, 16. int64", [x.long(), residual.long(), *parameters]),
     ]
+    sparse = {
+        "x": [x.to_sparse(), residual, *parameters],
+        "residual": [x, residual.to_sparse(), *parameters],
+        "weight": [x, residual, weight.to_sparse(), *bias],
+    }
+    wrong += [(f"{name}: {argument} is .* sparse_coo", arguments) for argument, arguments in sparse.items()]
     for message, arguments in wrong:
         with pytest.raises(ValueError, match=message):
             subject.op(*arguments)
+    for eps in (math.nan, -1e-5, math.inf):
+        with pytest.raises(ValueError, match=f"{name}: eps is {eps}; it takes a finite number, 0 or more"):
+            subject.op(x, residual, *parameters, eps=eps)
     raw = getattr(torch.ops.megatron_lite_cpu, name)
     for arguments in (
         [x, residual[:, :8], *parameters],
@@ -138,7 +187,8 @@ def check_bad_input(subject: Subject) -> None:
             raw(*arguments, EPS)
 
 
-def check_control(subject: Subject) -> None:
+@BOTH
+def test_the_rule_catches_a_lost_gradient_and_a_forgotten_residual(subject: Subject) -> None:
     """Negative controls: the sum's own gradient is lost; the norm is of x alone."""
 
     def loses(x: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,13 +203,13 @@ def check_control(subject: Subject) -> None:
             check_against_plain(wrong, subject.plain, subject.inputs((3, 512), torch.bfloat16))
 
 
-def check_apex(
-    monkeypatch: pytest.MonkeyPatch, subject: Subject, dtype: torch.dtype, weight_dtype: torch.dtype
+@BOTH
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_apex_is_called_as_it_wants_to_be(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, weight_dtype: torch.dtype
 ) -> None:
     """With a module in apex's place that has its functions' names, arguments and dtypes of results."""
-    import sys
-    from types import ModuleType
-
+    dtype = torch.bfloat16
     stand_in, calls = ModuleType(norm_kernels.APEX), []
 
     def function(name: str) -> Callable[..., Tensor]:
@@ -175,9 +225,7 @@ def check_apex(
     for name in (f"fused_{subject.norm}_affine", f"mixed_dtype_fused_{subject.norm}_affine"):
         setattr(stand_in, name, function(name))
     monkeypatch.setitem(sys.modules, norm_kernels.APEX, stand_in)
-    monkeypatch.setattr(
-        "megatron_lite.ops.dispatch.select", lambda *_: __import__("types").SimpleNamespace(backend="apex")
-    )
+    monkeypatch.setattr("megatron_lite.ops.dispatch.select", lambda *_: SimpleNamespace(backend="apex"))
     x, residual, *parameters = subject.inputs((3, 16), dtype)
     parameters = [p.to(weight_dtype) for p in parameters]
     actual, expected = subject.op(x, residual, *parameters), subject.plain(x, residual, *parameters)
