@@ -19,9 +19,11 @@ import torch.distributed as dist
 from megatron_lite.config import RunConfig, with_world
 from megatron_lite.data import Microbatch
 from megatron_lite.distributed.mesh import build_mesh
+from megatron_lite.models.flops import model_flops_per_token
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.step import train_step
-from megatron_lite.train.utilisation import find_peak, model_flops_per_token
+from megatron_lite.train.utilisation import find_peak
+from megatron_lite.utils.memory import peak_memory_bytes
 
 MAX_LAYERS, STATE_SHARE = 8, 0.5
 BYTES_PER_PARAMETER = 18  # bf16 weights; fp32 gradients, masters and two moments
@@ -92,7 +94,7 @@ def measure(device_name: str, sequences: int, num_steps: int) -> dict[str, Any]:
     flops = model_flops_per_token(config.model, config.train.seq_len)
     return {
         "model": config.model.model_dump(),
-        "num_parameters": sum(p.numel() for p in training.stage.parameters()),
+        "num_parameters": sum(p.numel() for _, p in training.named_parameters()),
         "sequences": sequences,
         "seq_len": config.train.seq_len,
         "step_s": seconds,
@@ -100,7 +102,7 @@ def measure(device_name: str, sequences: int, num_steps: int) -> dict[str, Any]:
         "tokens_per_s": tokens_per_s,
         "mfu": tokens_per_s * flops / peak.total_flops_per_s,
         "peak": {"source": peak.source, "flops_per_s": peak.total_flops_per_s},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device_name == "cuda" else None,
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
 
 

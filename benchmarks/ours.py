@@ -34,7 +34,9 @@ def _config(job: Job) -> RunConfig:
         "parallel": {
             "tp": job.tp,
             "pp": job.pp,
-            "stage_layers": list(shape.stage_layers) if job.pp == 2 else None,
+            "schedule": job.schedule,
+            "virtual_stages": job.virtual_stages,
+            "stage_layers": job.chunk_layers,
         },
         "train": {
             "seq_len": shape.seq_len,
@@ -85,7 +87,7 @@ def _owned_elements(training: Training) -> int:
     if not training.mesh.dp.is_first:
         return 0
     count = 0
-    for name, _ in training.stage.named_parameters():
+    for name, _ in training.named_parameters():
         spec = training.table[name]
         width = spec.numel // spec.shape[spec.shard_dim or 0]
         count += sum(piece.size * width for piece in spec.shard(tp, index).pieces if piece.is_first_replica)

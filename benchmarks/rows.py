@@ -22,6 +22,8 @@ class Row:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
     default: bool = True
 
     @property
@@ -42,6 +44,8 @@ class Row:
             tp=self.tp,
             pp=self.pp,
             dp=self.dp,
+            schedule=self.schedule,
+            virtual_stages=self.virtual_stages,
         )
 
 
@@ -54,6 +58,10 @@ def _all_rows() -> Iterator[Row]:
     for dtype in dtypes:
         for num_microbatches in (4, 8):
             yield Row(f"pp2-m{num_microbatches}-{dtype}", dtype, ("torch_pipelining",), num_microbatches, pp=2)
+    for dtype in dtypes:
+        for schedule, virtual_stages in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-v", 2)):
+            name, peers = f"pipeline-{dtype}-{schedule}", ("torch_pipelining",)
+            yield Row(name, dtype, peers, 8, pp=2, schedule=schedule, virtual_stages=virtual_stages, default=False)
     for dtype in dtypes:
         yield Row(f"dp2-{dtype}", dtype, ("ddp_zero",), 2, dp=2, default=False)
     for dtype in dtypes:

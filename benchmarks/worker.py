@@ -11,21 +11,15 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.contender import Built
 from benchmarks.workloads import Job, batch
+from megatron_lite.utils.memory import peak_memory_bytes
 
-
-def peak_rss_bytes() -> int:
-    """VmHWM of this process: its largest resident set so far, shared libraries included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no VmHWM: this benchmark needs Linux to measure memory")
+CPU = torch.device("cpu")
 
 
 def main(job: Job) -> None:
@@ -39,7 +33,7 @@ def main(job: Job) -> None:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     built: Built = importlib.import_module(f"benchmarks.{job.contender}").make(job)
-    answer(num_parameters=built.num_parameters, peak_rss_bytes=peak_rss_bytes())
+    answer(num_parameters=built.num_parameters, peak_rss_bytes=peak_memory_bytes(CPU))
     cpu_after = time.process_time()
     for line in sys.stdin:
         idle_cpu = time.process_time() - cpu_after
@@ -54,7 +48,7 @@ def main(job: Job) -> None:
             idle_cpu_s=idle_cpu,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=peak_memory_bytes(CPU),
         )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

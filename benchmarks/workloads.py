@@ -32,7 +32,8 @@ class Workload:
     ffn_hidden_size: int
     seq_len: int
     batch_size: int
-    stage_layers: tuple[int, int]  # of two pipeline stages of about equal work: the second also holds the head
+    # Of two and of four chunks, which two ranks share as a loop or as a vee: about equal work with the head.
+    chunk_layers: dict[int, tuple[int, ...]]
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -75,9 +76,15 @@ class Workload:
 
 
 WORKLOADS = {
-    "W1": Workload("W1", 8192, 512, 8, 8, 4, 1408, seq_len=512, batch_size=8, stage_layers=(5, 3)),
-    "W2": Workload("W2", 32000, 768, 12, 12, 4, 2048, seq_len=512, batch_size=8, stage_layers=(8, 4)),
-    "smoke": Workload("smoke", 256, 64, 3, 4, 2, 128, seq_len=32, batch_size=8, stage_layers=(2, 1)),
+    "W1": Workload(
+        "W1", 8192, 512, 8, 8, 4, 1408, seq_len=512, batch_size=8, chunk_layers={2: (5, 3), 4: (2, 2, 3, 1)}
+    ),
+    "W2": Workload(
+        "W2", 32000, 768, 12, 12, 4, 2048, seq_len=512, batch_size=8, chunk_layers={2: (8, 4), 4: (4, 3, 4, 1)}
+    ),
+    "smoke": Workload(
+        "smoke", 256, 64, 4, 4, 2, 128, seq_len=32, batch_size=8, chunk_layers={2: (2, 2), 4: (1, 1, 1, 1)}
+    ),
 }
 
 
@@ -110,6 +117,8 @@ class Job:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
     rank: int = 0
 
     @property
@@ -119,6 +128,11 @@ class Job:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def chunk_layers(self) -> tuple[int, ...] | None:
+        """Layers of each chunk of the pipeline, first to last."""
+        return self.shape.chunk_layers[self.pp * self.virtual_stages] if self.pp > 1 else None
 
     @property
     def num_microbatches(self) -> int:

@@ -9,6 +9,7 @@ import signal
 
 import typer
 
+from megatron_lite.cli.check import check
 from megatron_lite.cli.convert import convert
 from megatron_lite.cli.data import data
 from megatron_lite.cli.doctor import doctor
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order of the help.
-for command in (train, verify, data, convert, generate, report, doctor):
+for command in (train, verify, check, data, convert, generate, report, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

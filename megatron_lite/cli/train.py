@@ -93,12 +93,14 @@ def _train_in_processes(
     """Starts the processes, after everything that can be checked without them; returns the exit code."""
     from megatron_lite.config import load_config
     from megatron_lite.distributed.launch import launch_local
+    from megatron_lite.pipeline.prove import prove_run
     from megatron_lite.train.folder import choose_source, make_log_folder, run_folder
     from megatron_lite.train.metrics import check_extras
 
     check_nproc(nproc)
     config = load_config(path, overrides, world_size=nproc, files_exist=True)
     folder = run_folder(config)
+    prove_run(config)
     choose_source(config, resume, overwrite=overwrite)
     check_extras(config)
     module = "megatron_lite.train.loop"

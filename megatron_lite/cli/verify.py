@@ -22,7 +22,10 @@ def verify(
     overrides: Overrides = None,
     layouts: Annotated[
         str,
-        typer.Option(help="'default', 'all' (the whole matrix), or layouts such as 'tp=2,pp=2,dp=2,sp;pp=4,gpipe'."),
+        typer.Option(
+            help="'default', 'all' (tp, pp, dp, sp and ZeRO), 'pipeline' (every schedule, ZeRO stage, recompute), or "
+            "layouts such as 'tp=2,pp=2,dp=2,sp;pp=4,zb-v'."
+        ),
     ] = "default",
     dtype: Annotated[ProofDtype, typer.Option(help="Arithmetic: bound 1e-10 or 1e-5.")] = ProofDtype.float64,
     without: Annotated[

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lite.config.layer_costs import read_layer_costs
 from megatron_lite.config.problems import ABSENT, Fix, Problem, override
+from megatron_lite.config.schedules import SCHEDULE_RULES
 from megatron_lite.config.values import Unreadable, Values
 
 
@@ -31,7 +33,7 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
 def check_values(v: Values) -> list[Problem]:
     """What is missing on disk for training. Relative paths are taken from the working directory."""
     problems: list[Problem] = []
-    for look in (_train_data, _held_out_data, _cache, _tokenizer, _checkpoint):
+    for look in (_train_data, _held_out_data, _cache, _tokenizer, _checkpoint, _schedule, _layer_costs):
         try:
             problems.extend(look(v))
         except Unreadable:
@@ -99,3 +101,28 @@ def _checkpoint(v: Values) -> Iterator[Problem]:
         found = "has no config.json" if Path(folder).is_dir() else "does not exist"
         rule = f"must be a folder with config.json and *.safetensors; it {found}"
         yield Problem(key, folder, rule, "download the checkpoint first, or leave the key out for random weights")
+
+
+def _schedule(v: Values) -> Iterator[Problem]:
+    schedule = v["parallel.schedule"]
+    if schedule not in SCHEDULE_RULES:
+        yield from _plain_file("parallel.schedule", schedule, "*.csv", f"or one of {', '.join(SCHEDULE_RULES)}")
+
+
+def _layer_costs(v: Values) -> Iterator[Problem]:
+    path, key = v["parallel.partition"], "parallel.partition"
+    if path in ("even", "cost"):
+        return
+    missing = list(_plain_file(key, path, "*.json", "or parallel.partition=cost, which computes the costs"))
+    yield from missing
+    if not missing:
+        try:
+            read_layer_costs(path, v["model.num_layers"])
+        except (ValueError, OSError) as error:
+            yield Problem(key, path, str(error), "or let them be computed", ((override(key, "cost"),),))
+
+
+def _plain_file(key: str, path: str, pattern: str, remedy: str) -> Iterator[Problem]:
+    if not Path(path).is_file():
+        fixes = tuple((override(key, str(near)),) for near in near_files(Path(path), pattern, limit=1))
+        yield Problem(key, path, "there is no such file", remedy if fixes else f"name one, {remedy}", fixes)

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_lite.config.schema import RunConfig, Section
+from megatron_lite.config.section import NameOrPath
 from megatron_lite.config.yaml_text import flow
 
 _TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
@@ -65,6 +66,9 @@ def section_names() -> tuple[str, ...]:
 
 def describe(field: FieldInfo) -> str:
     """What a key takes, in words: ``integer >= 1``, ``one of gpipe, 1f1b``, ``list of text, or one text``."""
+    for item in field.metadata:
+        if isinstance(item, NameOrPath):
+            return str(item)
     members = _members(field.annotation)
     named = [_describe_member(member) for member in members if member is not type(None)]
     bounds = [f"{sign} {limit}" for name, sign in _BOUNDS for limit in _bounds(field, name)]
@@ -90,6 +94,8 @@ def _describe_member(member: Any) -> str:
         if item is float:
             count = "positive" if get_args(member)[-1] is ... else len(get_args(member))
             return f"list of {count} numbers"
+        if get_origin(item) is Literal:
+            return f"{_describe_member(item)}, or a list of these"
         return "list of integers" if item is int else "list of paths, or one path"
     if isinstance(member, type) and issubclass(member, Section):
         return "mapping with the keys " + ", ".join(member.model_fields)
@@ -198,12 +204,12 @@ def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
     choices = [choice for member in _members(field.annotation) for choice in get_args(member) if choice is not ...]
     if any(get_origin(member) is Literal for member in _members(field.annotation)):
         yield from _nearest_choices(choices, value)
-    if any(get_origin(member) is tuple for member in _members(field.annotation)):
-        entries = value if isinstance(value, list) else [value]
-        yield entries
-        yield [str(entry) for entry in entries]
-        if all(isinstance(entry, int | float) for entry in entries):
-            yield [*entries, 0.0]  # one number too few
+    for item in field.metadata:
+        if isinstance(item, NameOrPath):
+            yield from _nearest_choices(list(item.names), value)
+    for member in _members(field.annotation):
+        if get_origin(member) is tuple:
+            yield from _candidate_lists(get_args(member)[0], value)
     if isinstance(value, int | float):
         yield from (limit for limit in _bounds(field, "ge") if value < limit)
         yield from (limit for limit in _bounds(field, "le") if value > limit)
@@ -212,6 +218,20 @@ def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
         yield kept.strip("._-")
     if field.default_factory is None and not field.is_required():
         yield field.get_default(call_default_factory=False)
+
+
+def _candidate_lists(item: Any, value: Any) -> Iterator[Any]:
+    """What may have been meant for a list of ``item``."""
+    entries = value if isinstance(value, list) else [value]
+    if get_origin(item) is Literal:
+        nearest = [near for entry in entries for near in _nearest_choices(list(get_args(item)), entry)]
+        if nearest:
+            yield nearest if isinstance(value, list) else nearest[0]
+        return
+    yield entries
+    yield [str(entry) for entry in entries]
+    if all(isinstance(entry, int | float) for entry in entries):
+        yield [*entries, 0.0]  # one number too few
 
 
 def _readings(value: Any) -> Iterator[Any]:

@@ -20,7 +20,8 @@ from megatron_lite.config.values import Unreadable, Values
 
 
 def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage, as even as can be; the first stages take the remainder, since the last has the head as well.
+    """Layers per stage, or per chunk, as even as can be; the first ones take the remainder, since the last has the
+    head as well.
 
     Raises ValueError where there are fewer layers than stages.
     """
@@ -86,6 +87,17 @@ def tp_divides_ffn(v: Values) -> Iterator[Problem]:
     yield Problem(key, ffn, f"must be divisible by parallel.tp = {tp}", "", fixes(key, legal))
 
 
+def _virtual_stages(v: Values) -> int:
+    """Chunks of a rank, or 1 where the key has no valid value."""
+    return readable(v, "parallel.virtual_stages") or 1
+
+
+def most_stages(v: Values) -> int | None:
+    """The most stages that the layers fill, each of their chunks with at least one; 0 if there is no such number."""
+    layers = readable(v, "model.num_layers")
+    return layers and layers // _virtual_stages(v)
+
+
 def cp_is_one(v: Values) -> Iterator[Problem]:
     if v["parallel.cp"] != 1:
         rule = "must be 1: context parallelism is not in this version"
@@ -93,37 +105,12 @@ def cp_is_one(v: Values) -> Iterator[Problem]:
         yield Problem("parallel.cp", v["parallel.cp"], rule, remedy, fixes("parallel.cp", [1]))
 
 
-def stages_have_layers(v: Values) -> Iterator[Problem]:
-    pp, layers = v["parallel.pp"], v["model.num_layers"]
-    if pp > layers:
-        rule = f"must be at most model.num_layers = {layers}: each stage holds at least one layer"
-        legal = range(1, layers + 1)
-        yield Problem("parallel.pp", pp, rule, "", fixes("parallel.pp", around(pp, filling(v, "pp", legal) or legal)))
-
-
-def stage_layers_add_up(v: Values) -> Iterator[Problem]:
-    stages, pp, layers = v["parallel.stage_layers"], v["parallel.pp"], v["model.num_layers"]
-    key = "parallel.stage_layers"
-    if stages is None or pp > layers:
-        return
-    broken = []
-    if len(stages) != pp:
-        broken.append(f"must have parallel.pp = {pp} entries, has {len(stages)}")
-    if any(count < 1 for count in stages):
-        broken.append("must have entries of at least 1: a stage without layers is not allowed")
-    if sum(stages) != layers:
-        broken.append(f"must add up to model.num_layers = {layers}, adds up to {sum(stages)}")
-    if broken:
-        legal = [list(even_stages(layers, pp))]
-        yield Problem(key, list(stages), "; ".join(broken), "or leave it out for this split", fixes(key, legal))
-
-
 def world_is_filled(v: Values) -> Iterator[Problem]:
     tp, pp, cp, dp = (v[f"parallel.{axis}"] for axis in ("tp", "pp", "cp", "dp"))
-    heads, layers = readable(v, "model.num_heads"), readable(v, "model.num_layers")
+    heads, most = readable(v, "model.num_heads"), most_stages(v)
     if cp != 1 or (heads and heads % tp and filling(v, "tp", model_tps(v))):
         return  # the axis that is wrong in itself changes first, and then the processes are filled
-    if layers and layers < pp and filling(v, "pp", range(1, layers + 1)):
+    if most and most < pp and filling(v, "pp", range(1, most + 1)):
         return
     product = tp * pp * (dp or 1)
     if (v.world == product) if dp is not None else (v.world % product == 0):
@@ -137,22 +124,23 @@ def world_is_filled(v: Values) -> Iterator[Problem]:
         rule = f"tp * pp * cp = {tp} * {pp} * {cp} = {product} must divide the number of processes, {v.world}"
         counts = sorted({max(1, v.world // product), -(-v.world // product)})
         remedy = "or start " + " or ".join(f"{n * product} (--nproc {n * product})" for n in counts) + " processes"
-    if (heads and heads % tp) or (layers and layers < pp):
+    if (heads and heads % tp) or (most and most < pp):
         remedy = ""  # more processes do not help an axis that is wrong in itself
     yield Problem(key, value, rule, remedy, _layouts_near(v, tp, pp, dp))
 
 
 def _layouts_near(v: Values, tp: int, pp: int, dp: int | None) -> tuple[Fix, ...]:
     """The layouts nearest to (tp, pp, dp) that fill the processes, by the factors that each axis changes."""
-    layers = readable(v, "model.num_layers") or pp
-    pinned = _readable_stages(v)  # a split that is given by hand fixes the number of stages
+    most = most_stages(v) or pp
+    pinned = _readable_chunks(v)  # a split that is given by hand fixes the number of chunks
+    chunks = _virtual_stages(v)
     conditions = list(_tp_conditions(v))
     options = [
         (new_tp, new_pp, v.world // (new_tp * new_pp))
         for new_tp in divisors(v.world)
         if all(condition(new_tp) for condition in conditions)
         for new_pp in divisors(v.world // new_tp)
-        if new_pp <= layers and (pinned is None or new_pp == pinned)
+        if new_pp <= most and (pinned is None or new_pp * chunks == pinned)
     ]
     batched = [option for option in options if _batch_divides(v, option[2])]
 
@@ -167,7 +155,7 @@ def _layouts_near(v: Values, tp: int, pp: int, dp: int | None) -> tuple[Fix, ...
     return tuple(found)
 
 
-def _readable_stages(v: Values) -> int | None:
+def _readable_chunks(v: Values) -> int | None:
     try:
         stages = v["parallel.stage_layers"]
     except Unreadable:
@@ -196,8 +184,6 @@ RULES: tuple[Rule, ...] = (
     tp_fits_kv_heads,
     tp_divides_ffn,
     cp_is_one,
-    stages_have_layers,
-    stage_layers_add_up,
     world_is_filled,
     sequence_splits_over_tp,
 )

@@ -6,7 +6,7 @@ removes the problem. `check` runs them all. Files are looked for in `megatron_li
 
 from __future__ import annotations
 
-from megatron_lite.config import checkpoint_rules, data_rules, layout_rules, model_rules, step_rules
+from megatron_lite.config import checkpoint_rules, data_rules, layout_rules, model_rules, pipeline_rules, step_rules
 from megatron_lite.config.nearest import Rule
 from megatron_lite.config.problems import Problem
 from megatron_lite.config.values import Unreadable, Values
@@ -14,6 +14,7 @@ from megatron_lite.config.values import Unreadable, Values
 RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *layout_rules.RULES,
+    *pipeline_rules.RULES,
     *step_rules.RULES,
     *data_rules.RULES,
     *checkpoint_rules.RULES,

@@ -19,7 +19,8 @@ from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig, RopeScaling
-from megatron_lite.config.section import LayerCounts, Section, derived
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.section import Section, derived
 
 __all__ = [
     "CheckpointConfig",
@@ -36,36 +37,6 @@ __all__ = [
     "TrainConfig",
     "default_decay_steps",
 ]
-
-
-class ParallelConfig(Section):
-    """The layout. It changes where numbers are computed, never which numbers."""
-
-    tp: int = Field(default=1, ge=1, description="tensor-parallel size, processes")
-    pp: int = Field(default=1, ge=1, description="number of pipeline stages, processes")
-    dp: int | None = Field(
-        default=None,
-        ge=1,
-        description="data-parallel size, processes",
-        json_schema_extra={"default": "world size / (tp * pp * cp)"},
-    )
-    cp: int = Field(default=1, ge=1, description="context-parallel size, processes; this version has 1 only")
-    sequence_parallel: bool = Field(
-        default=False,
-        description="whether norms and residuals between tensor-parallel blocks are split over tp along the sequence; "
-        "no effect at tp = 1",
-    )
-    schedule: Literal["gpipe", "1f1b"] = Field(
-        default="1f1b", description="pipeline schedule; 1f1b keeps at most pp microbatches in flight, gpipe all"
-    )
-    stage_layers: LayerCounts | None = Field(
-        default=None,
-        description="number of layers of each pipeline stage, first to last",
-        json_schema_extra={"default": "as even as num_layers / pp allows"},
-    )
-    zero_stage: Literal[0, 1] = Field(
-        default=1, description="0: each dp rank holds the whole optimizer state; 1: each holds a 1/dp slice (ZeRO)"
-    )
 
 
 class TrainConfig(Section):
@@ -173,6 +144,12 @@ class RunSettings(Section):
     dir: str = Field(default="runs", min_length=1, description="folder that holds the folders of runs")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="device to compute on; auto: cuda when there is one for each process, else cpu"
+    )
+    record_pipeline: int = Field(
+        default=3,
+        ge=0,
+        description="optimizer step, counted from the start or the resume of the run, whose pipeline is recorded for "
+        "the report, with the begin and end of every instruction of every stage; 0: none",
     )
     wandb: Literal["off", "offline", "online"] = Field(
         default="off", description="Weights & Biases: one run for all ranks; offline writes it to disk only"

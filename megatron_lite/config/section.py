@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 
 def _sequence_to_tuple(value: Any) -> Any:
@@ -13,18 +15,44 @@ def _sequence_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _paths_to_tuple(value: Any) -> Any:
-    """One path may stand for a list of one; an empty (null) key is an empty list."""
-    if value is None:
-        return ()
+def _one_to_tuple(value: Any) -> Any:
+    """One text may stand for a list of one."""
     return (value,) if isinstance(value, str) else _sequence_to_tuple(value)
 
 
+def _paths_to_tuple(value: Any) -> Any:
+    """An empty (null) key is an empty list."""
+    return () if value is None else _one_to_tuple(value)
+
+
+OneOrMany = BeforeValidator(_one_to_tuple)
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_paths_to_tuple)]
 LayerCounts = Annotated[tuple[int, ...], BeforeValidator(_sequence_to_tuple)]
 Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_sequence_to_tuple)]
 Fraction = Annotated[float, Field(ge=0)]
 Split = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_sequence_to_tuple)]
+
+
+@dataclass(frozen=True)
+class NameOrPath:
+    """Of a key that takes text: which names it knows, and how the path of a file ends that may stand in their place."""
+
+    names: tuple[str, ...]
+    suffix: str
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}, or a path that ends in {self.suffix}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        if value in self.names or self.is_path(value):
+            return value
+        raise ValueError(f"must be {self}")
+
+    def is_path(self, value: str) -> bool:
+        return value.endswith(self.suffix) and value != self.suffix
 
 
 def derived(rule: str, formula: Callable[[dict[str, Any]], Any], **field: Any) -> Any:

@@ -17,6 +17,8 @@ not depend on an algorithm that the library chose. An axis of size 1 costs nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,14 +117,58 @@ def barrier(axis: Axis) -> None:
         dist.barrier(group=axis.group)
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """A contiguous tensor to or from the rank at ``peer`` on ``axis``; a sent one stays unchanged until it has left.
+
+    tag: both ends give the same; gloo tells messages apart by it. NCCL has no tags, and pairs them by their order.
+    """
+
+    tensor: Tensor
+    axis: Axis
+    peer: int
+    is_send: bool
+    tag: int = 0
+
+
+def start_transfers(transfers: Sequence[Transfer]) -> list[Pending]:
+    """Starts messages between pairs of ranks; on GPUs those over one axis as a group, in which none waits for another.
+
+    ``wait()`` of each returns its tensor.
+    """
+    pending: dict[int, Pending] = {}
+    for axis in dict.fromkeys(transfer.axis for transfer in transfers):
+        group = [i for i, transfer in enumerate(transfers) if transfer.axis == axis]
+        if transfers[group[0]].tensor.is_cuda:
+            works: list[Any] = dist.batch_isend_irecv([_operation(transfers[i]) for i in group])
+            works = works if len(works) == len(group) else works * len(group)  # NCCL gives one for the whole group
+        else:
+            works = [_start(transfers[i]) for i in group]
+        pending.update((i, Pending(transfers[i].tensor, work)) for i, work in zip(group, works, strict=True))
+    return [pending[i] for i in range(len(transfers))]
+
+
+def _start(transfer: Transfer) -> Any:
+    assert transfer.tensor.is_contiguous()
+    rank, group = transfer.axis.ranks[transfer.peer], transfer.axis.group
+    if transfer.is_send:
+        return dist.isend(transfer.tensor, dst=rank, group=group, tag=transfer.tag)
+    return dist.irecv(transfer.tensor, src=rank, group=group, tag=transfer.tag)
+
+
+def _operation(transfer: Transfer) -> dist.P2POp:
+    assert transfer.tensor.is_contiguous()
+    operation = dist.isend if transfer.is_send else dist.irecv
+    rank, group = transfer.axis.ranks[transfer.peer], transfer.axis.group
+    return dist.P2POp(operation, transfer.tensor, rank, group=group, tag=transfer.tag)
+
+
 def start_send(tensor: Tensor, axis: Axis, to_index: int, tag: int = 0) -> Pending:
-    """Starts to send to a neighbour on ``axis``; the tensor must stay unchanged until ``wait()`` has returned."""
-    assert tensor.is_contiguous()
-    return Pending(tensor, dist.isend(tensor, dst=axis.ranks[to_index], group=axis.group, tag=tag))
+    return start_transfers([Transfer(tensor, axis, to_index, is_send=True, tag=tag)])[0]
 
 
 def start_receive(buffer: Tensor, axis: Axis, from_index: int, tag: int = 0) -> Pending:
-    return Pending(buffer, dist.irecv(buffer, src=axis.ranks[from_index], group=axis.group, tag=tag))
+    return start_transfers([Transfer(buffer, axis, from_index, is_send=False, tag=tag)])[0]
 
 
 class _CopyTo(torch.autograd.Function):

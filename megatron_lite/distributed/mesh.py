@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch.distributed import ProcessGroup
@@ -50,10 +51,13 @@ class Mesh:
     tp: Axis
     pp_return: Axis
     world: Axis
+    timeout_s: float | None = None
 
 
-def build_mesh(layout: Layout, *, device: torch.device) -> Mesh:
+def build_mesh(layout: Layout, *, device: torch.device, timeout_s: float | None = None) -> Mesh:
     """Builds the mesh of ``layout`` over the default process group, which must have ``layout.world_size`` ranks.
+
+    timeout_s: longest wait in a group that is made here; None: torch's. The others have that of the default group.
 
     Raises ValueError if the world has another size.
     """
@@ -71,9 +75,9 @@ def build_mesh(layout: Layout, *, device: torch.device) -> Mesh:
         return Axis(name, layout.size(name), layout.index(rank, name), layout.ranks_along(rank, name), group)
 
     axes = {name: along(name, device_mesh.get_group(name)) for name in AXES}
-    pp_return = along("pp", _second_group_of(layout, rank, "pp"))
+    pp_return = along("pp", _second_group_of(layout, rank, "pp", timeout_s))
     world = Axis("world", world_size, rank, range(world_size), torch.distributed.group.WORLD)
-    return Mesh(layout=layout, rank=rank, device=device, pp_return=pp_return, world=world, **axes)
+    return Mesh(layout, rank, device, pp_return=pp_return, world=world, timeout_s=timeout_s, **axes)
 
 
 def second_world(mesh: Mesh) -> Axis:
@@ -82,18 +86,25 @@ def second_world(mesh: Mesh) -> Axis:
     Every rank calls it, at the same place among the groups that it makes.
     """
     alone = mesh.world.size == 1
-    group = None if alone else torch.distributed.new_group(list(mesh.world.ranks), backend="gloo")
+    group = None if alone else _new_group(mesh.world.ranks, mesh.timeout_s, backend="gloo")
     return dataclasses.replace(mesh.world, group=group)
 
 
-def _second_group_of(layout: Layout, rank: int, axis: str) -> ProcessGroup | None:
+def _second_group_of(layout: Layout, rank: int, axis: str, timeout_s: float | None) -> ProcessGroup | None:
     """Another process group over the same ranks as ``axis``. All ranks must make all groups, in the same order."""
     if layout.size(axis) == 1:
         return None
     own = None
     for first in (r for r in range(layout.world_size) if layout.index(r, axis) == 0):
         ranks = layout.ranks_along(first, axis)
-        group = torch.distributed.new_group(list(ranks))
+        group = _new_group(ranks, timeout_s)
         if rank in ranks:
             own = group
     return own
+
+
+def _new_group(ranks: range, timeout_s: float | None, backend: str | None = None) -> ProcessGroup:
+    """A group does not take the timeout of the default group by itself."""
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    group: ProcessGroup = torch.distributed.new_group(list(ranks), timeout=timeout, backend=backend)
+    return group

@@ -167,6 +167,8 @@ def _worker_main(channel: Connection, folder: Path) -> NoReturn:
             channel.recv_bytes()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # A group that a cycle of objects keeps alive has threads, which are busy once their peers have gone.
+            gc.collect()
     except (EOFError, OSError):
         os._exit(0)
     except BaseException:

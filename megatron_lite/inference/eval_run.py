@@ -31,6 +31,7 @@ from megatron_lite.inference.evaluate import (
 from megatron_lite.inference.source import Source, open_source
 from megatron_lite.inference.stage import choose_layout, joined_mesh, load_stage
 from megatron_lite.inference.texts import WHOLE, Text, open_text, text_prefix
+from megatron_lite.pipeline.instructions import loop
 from megatron_lite.pipeline.runner import PipelineRunner
 from megatron_lite.train.corpus import held_out_files
 from megatron_lite.utils import run_files
@@ -166,7 +167,14 @@ def load_runner(source: Source, mesh: Mesh, dtype: str) -> PipelineRunner:
     torch_dtype: torch.dtype = getattr(torch, dtype)
     # Plain weights: those that are not finite are named.
     stage = load_stage(source, mesh=mesh, dtype=torch_dtype, packs=False)
-    return PipelineRunner(stage, mesh=mesh, dtype=torch_dtype, tokens_divide_by=1, reduce_gradients=lambda: None)
+    return PipelineRunner(
+        {mesh.pp.index: stage},
+        loop(mesh.pp.size),
+        mesh=mesh,
+        dtype=torch_dtype,
+        tokens_divide_by=1,
+        reduce_gradients=lambda: None,
+    )
 
 
 def evaluate_files(request: EvalRequest, plan: Plan, runner: PipelineRunner) -> dict[str, Any] | None:

@@ -19,7 +19,6 @@ from megatron_lite.inference.texts import Text
 from megatron_lite.inference.windows import Window, cut_windows, group_microbatches, pack_rows
 from megatron_lite.models.transformer import Transformer
 from megatron_lite.pipeline.runner import PipelineRunner
-from megatron_lite.pipeline.schedules import forward_only
 from megatron_lite.train.step import loss_weight, sum_losses
 from megatron_lite.utils.files import AtomicFile
 
@@ -81,13 +80,12 @@ def evaluate_text(
     rows = pack_rows(counted(), windows.seq_len)
     own = islice(rows, mesh.dp.index, None, mesh.dp.size)
     for microbatches in group_microbatches(own, windows.rows, mesh.device):
-        schedule = forward_only(mesh.pp.size, mesh.pp.index, len(microbatches))
-        loss_sums += runner.run(schedule, microbatches, torch.ones((), dtype=torch.float64, device=mesh.device))
+        loss_sums += runner.evaluate(microbatches)
         show(text)
     if num_scored == 0:
         raise EvaluationError(f"{text.name}: has {text.num_tokens} tokens and none that can be scored; give more text")
     total = sum_losses(mesh, loss_sums)
-    refuse_not_finite(text.name, total, runner.stage, mesh)
+    refuse_not_finite(text.name, total, runner.model, mesh)
     return total, _score(text.name, total, text.documents, text.num_tokens, num_scored, text.text_bytes, text.no_bytes)
 
 

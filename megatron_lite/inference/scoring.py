@@ -12,7 +12,6 @@ from megatron_lite.inference.windows import GROUP, Window, group_microbatches
 from megatron_lite.models.transformer import LossHead
 from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.pipeline.runner import PipelineRunner
-from megatron_lite.pipeline.schedules import forward_only
 from megatron_lite.tensor_parallel.vocab import VocabParallelLossHead
 
 CHUNK_BYTES = 64 << 20  # of logits that exist at a time
@@ -64,8 +63,7 @@ def score_windows(runner: PipelineRunner, windows: Sequence[Window], max_tokens:
         rows = [[windows[number]] for number in numbers]
         height = max(1, max_tokens // windows[numbers[0]].num_inputs)
         (microbatches,) = group_microbatches(rows, height, mesh.device)
-        schedule = forward_only(mesh.pp.size, mesh.pp.index, len(microbatches))
-        values = runner.run(schedule, microbatches, torch.ones((), dtype=torch.float64, device=mesh.device))
+        values = runner.evaluate(microbatches)
         if values and mesh.tp.is_first:
             of_rows = torch.cat(values).tolist()
             found += [(number, total, misses == 0) for number, (total, misses) in zip(numbers, of_rows, strict=False)]

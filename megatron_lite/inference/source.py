@@ -37,7 +37,7 @@ class SourceError(ValueError):
 class Source:
     """A model on disk.
 
-    weights: a weight source for `build_stage`, in the dtype that it is asked for. tokenizer: a file that
+    weights: a weight source for `build_chunk`, in the dtype that it is asked for. tokenizer: a file that
     `data.tokenizer.load_tokenizer` takes, or None where there is none. end_ids: tokens that end a text; none where
     nothing says which.
     """

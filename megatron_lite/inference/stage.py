@@ -18,7 +18,7 @@ from megatron_lite.inference.packed import can_pack, pack_weights
 from megatron_lite.inference.source import Source
 from megatron_lite.models.transformer import LossHead, Transformer
 from megatron_lite.optim.precision import Precision
-from megatron_lite.train.build import build_stage
+from megatron_lite.train.build import build_chunk
 
 
 class LayoutError(ValueError):
@@ -62,7 +62,7 @@ def joined_mesh(
     """
     with world(device=device, timeout_s=timeout_s) as rendezvous:
         layout = choose_layout(model, tp=tp, pp=pp, world_size=rendezvous.world_size)
-        yield build_mesh(layout, device=rendezvous.device)
+        yield build_mesh(layout, device=rendezvous.device, timeout_s=timeout_s)
 
 
 def load_stage(
@@ -72,12 +72,13 @@ def load_stage(
 
     packs: the weights of products, where that makes them faster; they are no parameters then, and cannot be looked at.
     """
-    stage = build_stage(
+    stage = build_chunk(
         source.model,
         kernels or KernelsConfig(),
         mesh=mesh,
         precision=Precision(compute=dtype, master=dtype),
-        stage_layers=even_stages(source.model.num_layers, mesh.pp.size),
+        chunk_layers=even_stages(source.model.num_layers, mesh.pp.size),
+        chunk=mesh.pp.index,
         sequence_parallel=False,
         weights=source.weights(dtype),
     )

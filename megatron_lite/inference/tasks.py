@@ -58,17 +58,17 @@ def run_tasks(
 
     mesh = runner.mesh
     tokenizer = together(source.open_tokenizer, mesh.world, SourceError)
-    if runner.stage.head is not None:
-        runner.stage.head = RowScores(runner.stage.head)  # type: ignore[assignment]
+    if runner.model.head is not None:
+        runner.model.head = RowScores(runner.model.head)  # type: ignore[assignment]
 
     def score(windows: list[Window]) -> list[tuple[float, bool]]:
         found = score_windows(runner, windows, max(MICROBATCH_TOKENS, seq_len))
-        refuse_not_finite("the tasks", sum(total for total, _ in found), runner.stage, mesh)
+        refuse_not_finite("the tasks", sum(total for total, _ in found), runner.model, mesh)
         return found
 
     def complete(prompts: list[list[int]], count: int, stops: list[str], said: dict[str, Any]) -> list[list[int]]:
         settings = sampling_settings(said, count, stops, source.end_ids)
-        found = generate(runner.stage, prompts, settings, mesh=mesh, dtype=runner.dtype, tokenizer=tokenizer)
+        found = generate(runner.model, prompts, settings, mesh=mesh, dtype=runner.dtype, tokenizer=tokenizer)
         return [list(completion.token_ids) for completion in found]
 
     team = Team(mesh, {"score": score, "complete": complete})

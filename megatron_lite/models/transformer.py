@@ -19,10 +19,11 @@ from megatron_lite.config.schema import KernelsConfig, ModelConfig
 from megatron_lite.models.cache import KVCache, Past
 from megatron_lite.models.families import FAMILIES, Family
 from megatron_lite.models.positions import rotary_angles
-from megatron_lite.ops.attention import attention
+from megatron_lite.models.recompute import Recompute, recomputed
+from megatron_lite.ops.attention import attention, document_bounds
 from megatron_lite.ops.gelu import gelu
 from megatron_lite.ops.layer_norm import add_layer_norm, layer_norm
-from megatron_lite.ops.linear import linear
+from megatron_lite.ops.linear import WeightGradients, linear
 from megatron_lite.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_lite.ops.rms_norm import add_rms_norm, rms_norm
 from megatron_lite.ops.rotary import rotary_projections
@@ -34,9 +35,9 @@ from megatron_lite.ops.swiglu import swiglu
 class Sequences:
     """What the blocks need to know of a microbatch besides its activations.
 
-    positions: int64 ``[B or 1, S]``. documents: int ``[B, S]``, the document each token belongs to, or None where
-    a token may see every token before it. rotary: cosines and sines, for families that rotate. past: the tokens before
-    these, which generation keeps in a cache; these are added to them.
+    positions: int64 ``[B or 1, S]``. documents: int ``[B, S]``, the document each token belongs to, or int32
+    ``[B, S, 2]``, its boundaries; None where a token may see every token before it. rotary: cosines and sines, for
+    families that rotate. past: the tokens before these, which generation keeps in a cache; these are added to them.
     """
 
     batch_size: int
@@ -48,16 +49,22 @@ class Sequences:
 
 
 class Linear(nn.Module):
-    """``y = x W^T + b``, split into ``split_sizes`` along the last dimension if several projections are fused."""
+    """``y = x W^T + b``, split into ``split_sizes`` along the last dimension if several projections are fused.
 
-    def __init__(self, in_features: int, split_sizes: Sequence[int], bias: bool) -> None:
+    saves_first: recomputation of activations may end here (`megatron_lite.ops.linear.save_first`).
+    """
+
+    weight_gradients: WeightGradients | None = None
+
+    def __init__(self, in_features: int, split_sizes: Sequence[int], bias: bool, saves_first: bool = False) -> None:
         super().__init__()
+        self.saves_first = saves_first
         self.split_sizes = tuple(split_sizes)
         self.weight = nn.Parameter(torch.empty(sum(split_sizes), in_features))
         self.bias = nn.Parameter(torch.empty(sum(split_sizes))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.weight_gradients, self.saves_first)
 
 
 class Norm(nn.Module):
@@ -119,7 +126,8 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, (query, key, key), bias=family.qkv_bias)
         self.out = Linear(query, (config.hidden_size,), bias=family.biases)
 
-    def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x_TH: Tensor, sequences: Sequences, recomputes: bool = False) -> Tensor:
+        """``recomputes``: backward attends once more, from queries and keys that have been rotated where they lie."""
         lead = (sequences.batch_size, sequences.seq_len)
         shapes = [(*lead, size // self.head_dim, self.head_dim) for size in self.qkv.split_sizes]
         qkv = self.qkv(x_TH)
@@ -132,15 +140,15 @@ class Attention(nn.Module):
         past, lengths = sequences.past, None
         if past is not None:
             (k_BSKD, v_BSKD), lengths = past.extend(self.layer, k_BSKD, v_BSKD), past.lengths
-        mixed_BSND = attention(
-            q_BSND,
-            k_BSKD,
-            v_BSKD,
+        attend = partial(
+            attention,
             documents=sequences.documents,
             window=self.window,
             lengths=lengths,
             backend=self.kernels.attention,
         )
+        qkv_parts = (q_BSND, k_BSKD, v_BSKD)
+        mixed_BSND = recomputed(attend, *qkv_parts) if recomputes else attend(*qkv_parts)
         return self.out(mixed_BSND.flatten(2).flatten(0, 1))
 
 
@@ -152,7 +160,7 @@ class MLP(nn.Module):
         ffn = config.ffn_hidden_size
         self.activate = activation_of(config.activation, kernels)
         self.up = Linear(config.hidden_size, (ffn, ffn) if family.is_gated else (ffn,), bias=family.biases)
-        self.down = Linear(ffn, (config.hidden_size,), bias=family.biases)
+        self.down = Linear(ffn, (config.hidden_size,), bias=family.biases, saves_first=True)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return self.down(self.activate(self.up(x_TH)))
@@ -176,8 +184,11 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config, family, kernels)
         self.mlp = MLP(config, family, kernels)
 
-    def forward(self, x_TH: Tensor, sequences: Sequences) -> Tensor:
-        x_TH, normed_TH = self.mlp_norm(x_TH, self.attention(self.attention_norm(x_TH), sequences))
+    def forward(self, x_TH: Tensor, sequences: Sequences, recomputes_attention: bool = False) -> Tensor:
+        # Nested, so that what attention returns is free while the MLP runs.
+        x_TH, normed_TH = self.mlp_norm(
+            x_TH, self.attention(self.attention_norm(x_TH), sequences, recomputes_attention)
+        )
         return x_TH + self.mlp(normed_TH)
 
 
@@ -214,7 +225,10 @@ class LossHead(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, or a pipeline stage of it: a part that is elsewhere is None or absent from ``layers``."""
+    """The whole model, or a pipeline stage of it: a part that is elsewhere is None or absent from ``layers``.
+
+    recompute: what the layers compute once more in backward. It may be changed between microbatches.
+    """
 
     embedding: InputEmbedding | None
     final_norm: Norm | None
@@ -224,10 +238,12 @@ class Transformer(nn.Module):
         super().__init__()
         family = FAMILIES[config.family]
         self.config, self.rotates = config, family.positions == "rotary"
+        self.attention_backend = kernels.attention
         self.embedding = InputEmbedding(config, family)
         self.layers = nn.ModuleDict({str(i): Block(config, family, kernels, i) for i in range(config.num_layers)})
         self.final_norm = Norm(config, family, kernels)
         self.head = LossHead(config)
+        self.recompute = Recompute()
 
     def sequences(
         self,
@@ -238,10 +254,15 @@ class Transformer(nn.Module):
         like: Tensor,
         past: Past | None = None,
     ) -> Sequences:
-        """Describes a microbatch; ``like`` gives the device and, if it is floating point, the compute dtype."""
+        """Describes a microbatch; ``like`` gives the device and the compute dtype.
+
+        documents: int ``[B, S]``; what our attention kernels want to know of them is found here, for all layers.
+        """
         if positions is None:
             positions = torch.arange(seq_len, device=like.device)[None]
         rotary_table = rotary_angles(self.config, positions, like.dtype) if self.rotates else None
+        if documents is not None:
+            documents = document_bounds(documents, like.dtype, self.attention_backend)
         return Sequences(batch_size, seq_len, positions, documents, rotary_table, past)
 
     def new_cache(self, batch_size: int, max_len: int, like: Tensor) -> KVCache:
@@ -257,8 +278,7 @@ class Transformer(nn.Module):
     def hidden(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Token ids ``[B, S]`` on the first stage, activations ``[T, H]`` on others, to activations ``[T, H]``."""
         x_TH = self.embedding(inputs, sequences) if self.embedding is not None else inputs
-        for layer in self.layers.values():
-            x_TH = layer(x_TH, sequences)
+        x_TH = self.recompute.through(list(self.layers.values()), x_TH, sequences)
         return self.final_norm(x_TH) if self.final_norm is not None else x_TH
 
     def forward(self, inputs: Tensor, sequences: Sequences, targets_BS: Tensor | None = None) -> Tensor:

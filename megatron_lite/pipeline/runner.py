@@ -1,18 +1,30 @@
-"""Runs a schedule on one stage: a table from instruction to method."""
+"""Runs a schedule on one rank: a table from instruction to method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron_lite.distributed.mesh import Axis, Mesh
+from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.models.transformer import Transformer
-from megatron_lite.pipeline.p2p import Inbox, Outbox
-from megatron_lite.pipeline.schedules import Instruction, Kind, Schedule
+from megatron_lite.ops.linear import WeightGradients
+from megatron_lite.pipeline.instructions import (
+    RECEIVES,
+    SENDS,
+    Instruction,
+    InstructionList,
+    Kind,
+    Placement,
+    Schedule,
+)
+from megatron_lite.pipeline.p2p import Mail
+from megatron_lite.pipeline.schedules import forward_only
+from megatron_lite.pipeline.timeline import Recorder
 
 
 class MicrobatchLike(Protocol):
@@ -28,125 +40,179 @@ class MicrobatchLike(Protocol):
     def positions(self) -> Tensor | None: ...
 
 
+Place = tuple[int, int]  # a chunk and a microbatch
+# Microbatches of an evaluation that run together, for each rank: the pipeline fills and drains once for each group.
+EVALUATED_PER_RANK = 4
+
+
 @dataclass
 class _Step:
-    """What one run of a schedule holds. Tensors are keyed by microbatch and leave when they are used."""
+    """What one run of a schedule holds. Tensors leave when they are used.
+
+    inputs: of chunks, which their gradients come back to. graphs: the end of each forward's graph, without the tensor
+    that it made: that one goes where it is sent, and is free once it has left.
+    """
 
     microbatches: Sequence[MicrobatchLike]
     loss_weight: Tensor
-    activations_in: Inbox | None
-    gradients_in: Inbox | None
-    activations_out: Outbox | None
-    gradients_out: Outbox | None
-    inputs: dict[int, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    output_gradients: dict[int, Tensor] = field(default_factory=dict)
+    mail: Mail
+    inputs: dict[Place, Tensor] = field(default_factory=dict)
+    graphs: dict[Place, GradientEdge] = field(default_factory=dict)
+    output_gradients: dict[Place, Tensor] = field(default_factory=dict)
+    outgoing: dict[Instruction, Tensor] = field(default_factory=dict)
     loss_sums: list[Tensor] = field(default_factory=list)
-
-    def close(self) -> None:
-        for outbox in (self.activations_out, self.gradients_out):
-            if outbox is not None:
-                outbox.flush()
 
 
 class PipelineRunner:
-    """Executes instruction lists on this rank's stage of the model.
+    """Executes instruction lists on this rank's chunks of the model.
 
-    reduce_gradients: called once, by the REDUCE_GRADIENTS instruction.
+    Args:
+        chunks: the parts of the model that ``placement`` puts on this rank, by number.
+        reduce_gradients: called once, by the REDUCE_GRADIENTS instruction.
+        weight_gradients: for schedules with split backwards, what each chunk's linear layers leave for later.
     """
 
     def __init__(
         self,
-        stage: Transformer,
+        chunks: Mapping[int, Transformer],
+        placement: Placement,
         *,
         mesh: Mesh,
         dtype: torch.dtype,
         tokens_divide_by: int,
         reduce_gradients: Callable[[], None],
+        weight_gradients: Mapping[int, WeightGradients] | None = None,
     ) -> None:
-        self.stage, self.mesh, self.dtype = stage, mesh, dtype
+        self.chunks, self.placement, self.mesh, self.dtype = dict(chunks), placement, mesh, dtype
         self._tokens_divide_by, self._reduce_gradients = tokens_divide_by, reduce_gradients
-        self._methods: dict[Kind, Callable[[_Step, int], None]] = {
+        self._weight_gradients = weight_gradients or {}
+        self.recorder: Recorder | None = None  # while it is set, it takes down when instructions begin and end
+        self._last_chunk = placement.num_chunks - 1
+        self._methods: dict[Kind, Callable[[_Step, Instruction], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
-            Kind.RECEIVE_ACTIVATION: self._receive_activation,
-            Kind.SEND_ACTIVATION: self._send_activation,
-            Kind.RECEIVE_GRADIENT: self._receive_gradient,
-            Kind.SEND_GRADIENT: self._send_gradient,
-            Kind.REDUCE_GRADIENTS: lambda step, microbatch: self._reduce_gradients(),
+            Kind.BACKWARD_INPUT: self._backward_input,
+            Kind.BACKWARD_WEIGHT: lambda step, one: self._weight_gradients[one.chunk].run(one.microbatch),
+            Kind.REDUCE_GRADIENTS: lambda step, one: self._reduce_gradients(),
         }
+
+    @property
+    def model(self) -> Transformer:
+        """The only chunk of a rank that holds one."""
+        (only,) = self.chunks.values()
+        return only
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[MicrobatchLike]) -> list[Tensor]:
+        """Forward passes alone. Returns the loss sums (float64 scalars) on the rank of the last chunk, else nothing.
+
+        They run in groups, of which no rank holds more than the activations of one.
+        """
+        one = torch.ones((), dtype=torch.float64, device=self.mesh.device)
+        group, loss_sums = EVALUATED_PER_RANK * self.placement.num_ranks, list[Tensor]()
+        for start in range(0, len(microbatches), group):
+            part = microbatches[start : start + group]
+            loss_sums += self.run(forward_only(self.placement, len(part)), part, one)
+        return loss_sums
 
     def run(self, schedule: Schedule, microbatches: Sequence[MicrobatchLike], loss_weight: Tensor) -> list[Tensor]:
         """Runs the schedule over the microbatches.
 
         loss_weight: float64 scalar by which each microbatch's sum of token losses enters the loss of the step.
-        Returns the loss sums (float64 scalars) in microbatch order on the last stage, and nothing on the others.
+        Returns the loss sums (float64 scalars) in microbatch order on the rank of the last chunk, else nothing.
         """
-        step = self._begin(schedule, microbatches, loss_weight)
-        for instruction in schedule:
-            self._methods[instruction.kind](step, instruction.microbatch)
-        step.close()
-        assert not (step.inputs or step.outputs or step.output_gradients) or not _has_backward(schedule)
+        step = _Step(microbatches, loss_weight, self._mail(schedule, microbatches))
+        try:
+            self._execute(schedule.lists[self.mesh.pp.index], step)
+        finally:
+            step.mail.close()
+        left = [*step.inputs, *step.graphs, *step.output_gradients, *step.outgoing]
+        assert not left, f"the schedule left tensors behind: {left}"
         return step.loss_sums
 
-    def _begin(self, schedule: Schedule, microbatches: Sequence[MicrobatchLike], loss_weight: Tensor) -> _Step:
-        forward, back = self.mesh.pp, self.mesh.pp_return
-        shape = (0, 0)
-        if microbatches:
-            shape = (microbatches[0].tokens.numel() // self._tokens_divide_by, self.stage.config.hidden_size)
+    def _execute(self, instructions: InstructionList, step: _Step) -> None:
+        receives: list[Instruction] = []
+        sends: list[tuple[Instruction, Tensor]] = []
+        for instruction in instructions:
+            if self.recorder is not None:
+                self.recorder.begin(instruction)
+            if instruction.kind in RECEIVES:
+                receives.append(instruction)
+            elif instruction.kind in SENDS:
+                sends.append((instruction, step.outgoing.pop(instruction)))
+            else:
+                if receives or sends:
+                    step.mail.exchange(receives, sends)
+                    receives, sends = [], []
+                self._methods[instruction.kind](step, instruction)
+            if self.recorder is not None:
+                self.recorder.end()
+        step.mail.exchange(receives, sends)
+        step.mail.flush()
 
-        def inbox(kind: Kind, axis: Axis, from_index: int) -> Inbox | None:
-            expected = [instruction.microbatch for instruction in schedule if instruction.kind is kind]
-            return Inbox(axis, from_index, expected, shape, self.dtype, self.mesh.device) if expected else None
-
-        return _Step(
-            microbatches,
-            loss_weight,
-            activations_in=inbox(Kind.RECEIVE_ACTIVATION, forward, forward.index - 1),
-            gradients_in=inbox(Kind.RECEIVE_GRADIENT, back, back.index + 1),
-            activations_out=None if forward.is_last else Outbox(forward, forward.index + 1),
-            gradients_out=None if back.is_first else Outbox(back, back.index - 1),
+    def _mail(self, schedule: Schedule, microbatches: Sequence[MicrobatchLike]) -> Mail:
+        width = next(iter(self.chunks.values())).config.hidden_size
+        tokens = microbatches[0].tokens.numel() // self._tokens_divide_by if microbatches else 0
+        return Mail(
+            schedule.lists[self.mesh.pp.index],
+            self.placement,
+            len(microbatches),
+            mesh=self.mesh,
+            shape=(tokens, width),
+            dtype=self.dtype,
         )
 
-    def _forward(self, step: _Step, m: int) -> None:
-        batch = step.microbatches[m]
-        inputs = step.inputs.get(m, batch.tokens)
+    def _forward(self, step: _Step, instruction: Instruction) -> None:
+        _, chunk, m = instruction
+        batch, model, trains = step.microbatches[m], self.chunks[chunk], torch.is_grad_enabled()
+        inputs = batch.tokens if chunk == 0 else self._activation(step, instruction)
         like = torch.empty((), dtype=self.dtype, device=self.mesh.device)
         batch_size, seq_len = batch.tokens.shape
-        sequences = self.stage.sequences(batch_size, seq_len, batch.positions, batch.documents, like)
-        output = self.stage(inputs, sequences, batch.targets)
-        if self.mesh.pp.is_last:
+        sequences = model.sequences(batch_size, seq_len, batch.positions, batch.documents, like)
+        output = model(inputs, sequences, batch.targets)
+        if trains:
+            step.graphs[chunk, m] = get_gradient_edge(output)
+            if chunk > 0:
+                step.inputs[chunk, m] = inputs
+        if chunk == self._last_chunk:
             step.loss_sums.append(output.detach())
-        step.outputs[m] = output
-        if not torch.is_grad_enabled():
-            step.inputs.pop(m, None)
+        elif self.placement.is_local(chunk):
+            step.inputs[chunk + 1, m] = output.detach().requires_grad_(trains)
+        else:
+            step.outgoing[Instruction(Kind.SEND_ACTIVATION, chunk, m)] = output.detach()
 
-    def _backward(self, step: _Step, m: int) -> None:
-        gradient = step.loss_weight if self.mesh.pp.is_last else step.output_gradients.pop(m)
-        torch.autograd.backward(step.outputs.pop(m), gradient)
-        if self.mesh.pp.is_first:
-            step.inputs.pop(m, None)
+    def _activation(self, step: _Step, forward: Instruction) -> Tensor:
+        """The input of a chunk that is not the first."""
+        _, chunk, m = forward
+        if self.placement.is_local(chunk - 1):
+            return step.inputs.pop((chunk, m))
+        received = self._take(step, Instruction(Kind.RECEIVE_ACTIVATION, chunk, m), forward)
+        return received.requires_grad_(torch.is_grad_enabled())
 
-    def _receive_activation(self, step: _Step, m: int) -> None:
-        assert step.activations_in is not None
-        step.inputs[m] = step.activations_in.take(m).requires_grad_(torch.is_grad_enabled())
+    def _take(self, step: _Step, receive: Instruction, used_by: Instruction) -> Tensor:
+        tensor = step.mail.take(receive, used_by)
+        if self.recorder is not None:
+            self.recorder.arrived()
+        return tensor
 
-    def _send_activation(self, step: _Step, m: int) -> None:
-        assert step.activations_out is not None
-        step.activations_out.send(step.outputs[m], m)
-        if not torch.is_grad_enabled():
-            del step.outputs[m]
+    def _backward(self, step: _Step, instruction: Instruction) -> None:
+        _, chunk, m = instruction
+        if chunk == self._last_chunk:
+            gradient = step.loss_weight
+        elif self.placement.is_local(chunk):
+            gradient = step.output_gradients.pop((chunk, m))
+        else:
+            gradient = self._take(step, Instruction(Kind.RECEIVE_GRADIENT, chunk, m), instruction)
+        torch.autograd.backward(step.graphs.pop((chunk, m)), gradient)
+        if chunk == 0:
+            return
+        input_gradient = step.inputs.pop((chunk, m)).grad
+        assert input_gradient is not None
+        if self.placement.is_local(chunk - 1):
+            step.output_gradients[chunk - 1, m] = input_gradient
+        else:
+            step.outgoing[Instruction(Kind.SEND_GRADIENT, chunk, m)] = input_gradient
 
-    def _receive_gradient(self, step: _Step, m: int) -> None:
-        assert step.gradients_in is not None
-        step.output_gradients[m] = step.gradients_in.take(m)
-
-    def _send_gradient(self, step: _Step, m: int) -> None:
-        assert step.gradients_out is not None
-        gradient = step.inputs.pop(m).grad
-        assert gradient is not None
-        step.gradients_out.send(gradient, m)
-
-
-def _has_backward(schedule: Sequence[Instruction]) -> bool:
-    return any(instruction.kind is Kind.BACKWARD for instruction in schedule)
+    def _backward_input(self, step: _Step, instruction: Instruction) -> None:
+        with self._weight_gradients[instruction.chunk].collecting(instruction.microbatch):
+            self._backward(step, instruction)

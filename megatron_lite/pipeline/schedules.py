@@ -1,83 +1,86 @@
-"""Pipeline schedules as data: per stage, the list of instructions of one step. Pure functions of integers.
+"""Pipeline schedules by name: from (pipeline size, virtual stages, microbatches) to the lists of all ranks.
 
-Within a stage, forwards run in microbatch order and so do backwards, in every schedule: the gradients of a weight are
-therefore added in the same order whatever the schedule and the number of stages, and the sum has the same bits.
+Pure functions of integers. Each gives the order in which the ranks compute; sends and receives follow from it
+(`megatron_lite.pipeline.communication`). A user's own order is read from a file
+(`megatron_lite.pipeline.schedule_file`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_lite.config.schema import RunConfig
+from megatron_lite.pipeline import orders, vee
+from megatron_lite.pipeline.communication import with_communication
+from megatron_lite.pipeline.instructions import Kind, Placement, Schedule, ScheduleError, loop
+from megatron_lite.pipeline.instructions import vee as vee_placement
+from megatron_lite.pipeline.orders import Order
+from megatron_lite.pipeline.schedule_file import read_orders
 
 
-class Kind(Enum):
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    SEND_ACTIVATION = "send activation"
-    RECEIVE_ACTIVATION = "receive activation"
-    SEND_GRADIENT = "send gradient"
-    RECEIVE_GRADIENT = "receive gradient"
-    REDUCE_GRADIENTS = "reduce gradients"
+def _down_and_up(num_ranks: int, virtual_stages: int) -> Placement:
+    if virtual_stages != 2:
+        raise ScheduleError(f"a rank has 2 chunks here, not {virtual_stages}: set parallel.virtual_stages=2")
+    return vee_placement(num_ranks)
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One thing that a stage does. ``microbatch`` is -1 for what concerns the whole step."""
-
-    kind: Kind
-    microbatch: int = -1
-
-    def __str__(self) -> str:
-        return self.kind.value if self.microbatch < 0 else f"{self.kind.value} {self.microbatch}"
-
-
-Schedule = list[Instruction]
-
-
-def gpipe(num_stages: int, stage: int, num_microbatches: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al. 2019). Holds the activations of every microbatch."""
-    order = [(Kind.FORWARD, m) for m in range(num_microbatches)]
-    order += [(Kind.BACKWARD, m) for m in range(num_microbatches)]
-    return _with_communication(order, num_stages, stage)
+# name -> (who holds which chunk, from pipeline size and virtual stages; each rank's order, from that and microbatches).
+# What each of them asks of a layout: `megatron_lite.config.schedules`.
+SCHEDULES: dict[str, tuple[Callable[[int, int], Placement], Callable[[Placement, int], list[Order]]]] = {
+    "gpipe": (loop, orders.breadth_first),
+    "1f1b": (loop, orders.one_forward_one_backward),
+    "eager-1f1b": (loop, orders.eager_one_forward_one_backward),
+    "interleaved": (loop, orders.interleaved),
+    "breadth-first": (loop, orders.breadth_first),
+    "zb-h1": (loop, orders.zb_h1),
+    "zb-h2": (loop, orders.zb_h2),
+    "zb-v": (_down_and_up, vee.zb_v),
+    "dualpipe-v": (_down_and_up, vee.dualpipe_v),
+}
 
 
-def one_forward_one_backward(num_stages: int, stage: int, num_microbatches: int) -> Schedule:
-    """1F1B (Narayanan et al. 2019, PipeDream-Flush): at most ``num_stages - stage`` microbatches are in flight."""
-    warmup = min(num_stages - stage - 1, num_microbatches)
-    order = [(Kind.FORWARD, m) for m in range(warmup)]
-    for m in range(num_microbatches - warmup):
-        order += [(Kind.FORWARD, warmup + m), (Kind.BACKWARD, m)]
-    order += [(Kind.BACKWARD, m) for m in range(num_microbatches - warmup, num_microbatches)]
-    return _with_communication(order, num_stages, stage)
+def make_schedule(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule of this name for a pipeline of ``num_ranks`` processes with ``virtual_stages`` chunks each.
+
+    name: one of `SCHEDULES`, or the path of a CSV file, which is read again each time.
+    Raises ScheduleError for a name that is neither, and for a file that is not a schedule of this size.
+    """
+    if name.endswith(".csv"):
+        placement, user_orders = read_orders(Path(name), num_ranks, virtual_stages, num_microbatches)
+        return Schedule(name, placement, num_microbatches, with_communication(user_orders, placement))
+    if name not in SCHEDULES:
+        raise ScheduleError(f"no schedule is named {name!r}: choose {', '.join(SCHEDULES)} or a file PATH.csv")
+    return _make(name, num_ranks, virtual_stages, num_microbatches)
 
 
-def forward_only(num_stages: int, stage: int, num_microbatches: int) -> Schedule:
-    """Evaluation: forwards in order; nothing is kept for a backward."""
-    instructions = []
-    for m in range(num_microbatches):
-        instructions += _forward(num_stages, stage, m)
-    return instructions
+def schedule_of(config: RunConfig) -> Schedule:
+    """That of a run's layout and batch. Raises as `make_schedule` does."""
+    parallel = config.parallel
+    return make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, config.num_microbatches)
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+@lru_cache(maxsize=8)
+def _make(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> Schedule:
+    placement_of, orders_of = SCHEDULES[name]
+    placement = placement_of(num_ranks, virtual_stages)
+    lists = with_communication(orders_of(placement, num_microbatches), placement)
+    return Schedule(name, placement, num_microbatches, lists)
 
 
-def _with_communication(order: list[tuple[Kind, int]], num_stages: int, stage: int) -> Schedule:
-    """Puts the receives before and the sends behind each forward and backward, and the reduction at the end."""
-    instructions: Schedule = []
-    for kind, m in order:
-        instructions += (_forward if kind is Kind.FORWARD else _backward)(num_stages, stage, m)
-    return [*instructions, Instruction(Kind.REDUCE_GRADIENTS)]
+@lru_cache(maxsize=8)
+def forward_only(placement: Placement, num_microbatches: int) -> Schedule:
+    """Evaluation: forwards, breadth first; nothing is kept for a backward."""
+    lists = with_communication(orders.forwards(placement, num_microbatches), placement)
+    return Schedule("forward only", placement, num_microbatches, lists)
 
 
-def _forward(num_stages: int, stage: int, m: int) -> Schedule:
-    receive = [Instruction(Kind.RECEIVE_ACTIVATION, m)] if stage > 0 else []
-    send = [Instruction(Kind.SEND_ACTIVATION, m)] if stage < num_stages - 1 else []
-    return [*receive, Instruction(Kind.FORWARD, m), *send]
-
-
-def _backward(num_stages: int, stage: int, m: int) -> Schedule:
-    receive = [Instruction(Kind.RECEIVE_GRADIENT, m)] if stage < num_stages - 1 else []
-    send = [Instruction(Kind.SEND_GRADIENT, m)] if stage > 0 else []
-    return [*receive, Instruction(Kind.BACKWARD, m), *send]
+def most_in_flight(schedule: Schedule, chunk: int) -> int:
+    """The most microbatches of ``chunk`` that are between forward and (the input half of the) backward at once."""
+    alive = most = 0
+    for kind, of, _ in schedule.lists[schedule.placement.rank_of[chunk]]:
+        if of == chunk:
+            alive += (kind is Kind.FORWARD) - (kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT))
+            most = max(most, alive)
+    return most

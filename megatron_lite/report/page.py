@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatron_lite.report import pipeline, pipeline_picture
 from megatron_lite.report.chart import DARK_STYLE, STYLE, Line, Panel, Scale, plot, step_range, step_scale, value_scale
 from megatron_lite.report.curves import loss_panel, other_panels, subtitle
 from megatron_lite.report.markup import Markup, tag, together
@@ -42,8 +43,9 @@ def page(run: Run, facts: Sequence[Fact]) -> str:
     """The page of a run, as text of an HTML file."""
     name = run.config.run.name
     script = Markup(_resource("page.js"))
-    dark = f"@media screen and (prefers-color-scheme: dark) {{{DARK_STYLE}}}"
-    style = Markup(f"{_resource('page.css')}{STYLE}{dark}\n")
+    dark = f"@media screen and (prefers-color-scheme: dark) {{{DARK_STYLE}{pipeline_picture.DARK_STYLE}}}"
+    own = f"{STYLE}{pipeline_picture.STYLE}{pipeline.STYLE}"
+    style = Markup(f"{_resource('page.css')}{own}{dark}\n")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     last, num_steps = run.records[-1]["step"], run.config.train.num_steps
     state = ("finished", "finished") if run.is_finished else ("unfinished", f"step {last:,} of {num_steps:,}")
@@ -63,7 +65,9 @@ def page(run: Run, facts: Sequence[Fact]) -> str:
         tag("p", subtitle(run), class_="subtitle"),
     ]
     read_from = f"Read from {run_files.METRICS} and {run_files.CONFIG} of {run.config.run.dir}/{name}."
-    sections = [facts_section(facts), charts, layout_section(run.config), config_section(run.config)]
+    step = pipeline.recorded_step(run.folder)
+    sections = [facts_section(facts), charts, *([pipeline.pipeline_section(step)] if step is not None else [])]
+    sections += [layout_section(run.config), config_section(run.config)]
     body = [
         tag("header", *header),
         tag("main", together([*sections, steps_section(run)], "\n")),

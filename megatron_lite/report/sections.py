@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from megatron_lite.config import RunConfig
-from megatron_lite.config.layout_rules import even_stages
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.distributed.topology import Layout
+from megatron_lite.pipeline.partition import chunk_layers_of, layers_of_chunk
+from megatron_lite.pipeline.schedules import schedule_of
 from megatron_lite.report.markup import Markup, tag, together
 from megatron_lite.report.run import Run
 from megatron_lite.report.series import is_drawable, number
@@ -40,11 +42,10 @@ def facts_section(facts: Sequence[Fact]) -> Markup:
 
 def layout_section(config: RunConfig) -> Markup:
     parallel = config.parallel
-    stages = parallel.stage_layers or even_stages(config.model.num_layers, parallel.pp)
     rows = [
         ("processes", f"{config.world_size:,}", ""),
         ("tensor parallel", str(parallel.tp), "with sequence parallel" if parallel.sequence_parallel else ""),
-        ("pipeline stages", str(parallel.pp), f"{parallel.schedule}" if parallel.pp > 1 else ""),
+        ("pipeline stages", str(parallel.pp), _pipeline_note(parallel)),
         ("data parallel", str(config.dp), f"ZeRO stage {parallel.zero_stage}" if config.dp > 1 else ""),
         ("context parallel", str(parallel.cp), ""),
         ("batch", f"{config.train.global_batch_size:,}", f"sequences of {config.train.seq_len:,} tokens"),
@@ -56,11 +57,32 @@ def layout_section(config: RunConfig) -> Markup:
         if name != "context parallel" or parallel.cp > 1:
             small = [" ", tag("small", note)] if note else []
             facts += [tag("dt", name), tag("dd", value, *small)]
-    picture = [] if config.world_size == 1 else [_ranks(config, stages)]
+    picture = [] if config.world_size == 1 else [_ranks(config)]
     return _section("Layout", tag("div", tag("dl", *facts), *picture, class_="layout card"))
 
 
-def _ranks(config: RunConfig, stages: Sequence[int]) -> Markup:
+def _pipeline_note(parallel: ParallelConfig) -> str:
+    chunks = f", {parallel.virtual_stages} chunks each" if parallel.virtual_stages > 1 else ""
+    return f"{parallel.schedule}{chunks}" if parallel.pp > 1 else ""
+
+
+def _layers_of_stages(config: RunConfig) -> list[str]:
+    """The layers that each stage holds, in words; empty ones where the file that says it is no longer there."""
+    try:
+        placement = schedule_of(config).placement
+        chunk_layers = chunk_layers_of(config.model, config.parallel, config.train.seq_len, placement)
+    except (OSError, ValueError):
+        return [""] * config.parallel.pp
+    stages = []
+    for stage in range(config.parallel.pp):
+        runs = [layers_of_chunk(chunk_layers, chunk) for chunk in placement.chunks_of(stage)]
+        texts = [f"{run.start}–{run.stop - 1}" if len(run) > 1 else str(run.start) for run in runs if run]
+        several = sum(map(len, runs)) > 1
+        stages.append(f"layer{'s' if several else ''} {', '.join(texts)}" if texts else "no layer")
+    return stages
+
+
+def _ranks(config: RunConfig) -> Markup:
     """A row for each copy of the model, a column for each stage, in it the ranks that share the stage's weights."""
     parallel = config.parallel
     layout = Layout(pp=parallel.pp, dp=config.dp, cp=parallel.cp, tp=parallel.tp)
@@ -68,11 +90,9 @@ def _ranks(config: RunConfig, stages: Sequence[int]) -> Markup:
     if ranks_per_copy > MAX_RANKS:
         return tag("p", f"A copy of the model is spread over {ranks_per_copy:,} processes.", class_="soft")
     shown = min(layout.dp, MAX_RANKS // ranks_per_copy)
-    head, first = [tag("td", hidden=True)], 0
-    for stage, count in enumerate(stages):
-        layers = f"layers {first}–{first + count - 1}" if count > 1 else f"layer {first}" if count else "no layer"
+    head = [tag("td", hidden=True)]
+    for stage, layers in enumerate(_layers_of_stages(config)):
         head.append(tag("th", tag("b", f"stage {stage}"), layers, scope="col"))
-        first += count
     rows = []
     for copy in range(shown):
         cells = [tag("th", f"copy {copy}", scope="row")] if layout.dp > 1 else []

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from megatron_lite.config.layout_rules import even_stages
 from megatron_lite.config.schema import KernelsConfig, ModelConfig, RunConfig
 from megatron_lite.distributed.mesh import Axis, Mesh
 from megatron_lite.distributed.topology import Layout
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterTable, WeightSource
 from megatron_lite.models.initial import initial_shard
+from megatron_lite.models.recompute import Recompute
 from megatron_lite.models.transformer import Transformer
+from megatron_lite.ops.linear import WeightGradients, defer_weight_gradients
 from megatron_lite.optim.adamw import AdamW, AdamWState
 from megatron_lite.optim.precision import PRECISIONS, Precision
-from megatron_lite.pipeline.partition import cut_stage, layers_of_stage
+from megatron_lite.pipeline.instructions import Kind, Schedule
+from megatron_lite.pipeline.partition import chunk_layers_of, chunk_of, cut_chunk, layers_of_chunk
 from megatron_lite.pipeline.runner import PipelineRunner
-from megatron_lite.pipeline.schedules import SCHEDULES, Schedule, forward_only
+from megatron_lite.pipeline.schedules import most_in_flight, schedule_of
 from megatron_lite.tensor_parallel.plan import apply_tensor_parallel
 from megatron_lite.zero.engine import ZeroEngine
 
@@ -31,6 +33,8 @@ OPTIMIZERS = {"adamw": AdamW}
 class Training:
     """A model on this rank's place in the mesh, ready to take steps.
 
+    chunks: the parts of the model on this rank, by their number along its depth; one unless a rank has virtual stages.
+    chunk_layers: number of layers of each chunk of the whole model.
     targets_axis: over which the target tokens of a global batch are counted. norm_axis: over which squared gradients
     are summed. num_steps: optimizer steps taken. before_update: called by each step when it is about to change master
     weights and moments.
@@ -40,7 +44,8 @@ class Training:
     mesh: Mesh
     table: ParameterTable
     precision: Precision
-    stage: Transformer
+    chunks: dict[int, Transformer]
+    chunk_layers: tuple[int, ...]
     engine: ZeroEngine
     optimizer: AdamW
     optimizer_states: dict[str, AdamWState]
@@ -51,8 +56,10 @@ class Training:
     num_steps: int = 0
     before_update: Callable[[], None] = lambda: None
 
-    def evaluation_schedule(self, num_microbatches: int) -> Schedule:
-        return forward_only(self.mesh.pp.size, self.mesh.pp.index, num_microbatches)
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all chunks, by their names in the whole model."""
+        for chunk in self.chunks.values():
+            yield from chunk.named_parameters()
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -67,89 +74,103 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
     """
     precision = PRECISIONS[config.train.precision]
     table = parameter_table(config.model)
-    stage_layers = config.parallel.stage_layers or even_stages(config.model.num_layers, config.parallel.pp)
-
-    model = build_stage(
-        config.model,
-        config.kernels,
-        mesh=mesh,
-        precision=precision,
-        stage_layers=stage_layers,
-        sequence_parallel=config.parallel.sequence_parallel,
-        weights=weights or _drawn_from(config.train.seed, precision.master),
-    )
-    if model.head is not None:
-        # GPipe holds every microbatch's graph at once: the gradients of the head would be held as often.
-        model.head.saves_gradients = config.parallel.schedule != "gpipe"
-        model.head.label_smoothing, model.head.z_loss = config.train.label_smoothing, config.train.z_loss
+    schedule = schedule_of(config)
+    chunk_layers = chunk_layers_of(config.model, config.parallel, config.train.seq_len, schedule.placement)
+    weights = weights or _drawn_from(config.train.seed, precision.master)
+    chunks = {
+        chunk: build_chunk(
+            config.model,
+            config.kernels,
+            mesh=mesh,
+            precision=precision,
+            chunk_layers=chunk_layers,
+            chunk=chunk,
+            sequence_parallel=config.parallel.sequence_parallel,
+            weights=weights,
+        )
+        for chunk in schedule.placement.chunks_of(mesh.pp.index)
+    }
+    splits_backward = any(one.kind is Kind.BACKWARD_WEIGHT for one in schedule.lists[mesh.pp.index])
+    weight_gradients = {chunk: WeightGradients() for chunk in chunks} if splits_backward else {}
+    for chunk, model in chunks.items():
+        _configure(model, config, schedule, chunk)
+        defer_weight_gradients(model, weight_gradients.get(chunk))
 
     engine = ZeroEngine(
-        dict(model.named_parameters(remove_duplicate=False)),
+        {name: parameter for model in chunks.values() for name, parameter in model.named_parameters()},
         table,
         mesh=mesh,
         stage=config.parallel.zero_stage,
         param_dtype=precision.compute,
         grad_dtype=precision.master,
         sequence_parallel=config.parallel.sequence_parallel,
-        stages_of={name: stage_of(name, stage_layers) for pair in table.tied_pairs() for name in pair},
+        stages_of={
+            name: schedule.placement.rank_of[chunk_of(name, chunk_layers)]
+            for pair in table.tied_pairs()
+            for name in pair
+        },
     )
     optimizer = OPTIMIZERS[config.optim.name](config.optim, config.kernels.adamw)
     runner = PipelineRunner(
-        model,
+        chunks,
+        schedule.placement,
         mesh=mesh,
         dtype=precision.compute,
         tokens_divide_by=mesh.tp.size if config.parallel.sequence_parallel else 1,
         reduce_gradients=engine.reduce_gradients,
+        weight_gradients=weight_gradients,
     )
     return Training(
         config=config,
         mesh=mesh,
         table=table,
         precision=precision,
-        stage=model,
+        chunks=chunks,
+        chunk_layers=chunk_layers,
         engine=engine,
         optimizer=optimizer,
         optimizer_states={b.layout.name: optimizer.init_state(b.master) for b in engine.updated_buckets()},
         runner=runner,
-        schedule=SCHEDULES[config.parallel.schedule](mesh.pp.size, mesh.pp.index, config.num_microbatches),
+        schedule=schedule,
         targets_axis=mesh.dp,
         norm_axis=mesh.world,
     )
 
 
-def build_stage(
+def build_chunk(
     model: ModelConfig,
     kernels: KernelsConfig,
     *,
     mesh: Mesh,
     precision: Precision,
-    stage_layers: Sequence[int],
+    chunk_layers: Sequence[int],
+    chunk: int,
     sequence_parallel: bool,
     weights: WeightSource,
 ) -> Transformer:
-    """This rank's stage of the model, sliced over tp, with its weights on the device in the master dtype.
+    """A chunk of the model, sliced over tp, with its weights on the device in the master dtype.
 
-    stage_layers: number of layers of each pipeline stage. weights: gives this rank's shard of every parameter.
+    chunk_layers: number of layers of each chunk. weights: gives this rank's shard of every parameter.
     """
     table = parameter_table(model)
     with torch.device("meta"):
-        stage = Transformer(model, kernels)
-    apply_tensor_parallel(stage, table, tp=mesh.tp, sequence_parallel=sequence_parallel)
-    if stage.head is not None:
-        stage.head.backend = kernels.cross_entropy
-    cut_stage(stage, stage_layers, mesh.pp.index)
-    _materialise(stage, table, mesh, precision, weights)
-    return stage
+        part = Transformer(model, kernels)
+    apply_tensor_parallel(part, table, tp=mesh.tp, sequence_parallel=sequence_parallel)
+    if part.head is not None:
+        part.head.backend = kernels.cross_entropy
+    cut_chunk(part, layers_of_chunk(chunk_layers, chunk), chunk, len(chunk_layers))
+    _materialise(part, table, mesh, precision, weights)
+    return part
 
 
-def stage_of(name: str, stage_layers: tuple[int, ...]) -> int:
-    """The pipeline stage that holds a parameter."""
-    part = name.split(".")
-    if part[0] == "embedding":
-        return 0
-    if part[0] != "layers":
-        return len(stage_layers) - 1
-    return next(s for s in range(len(stage_layers)) if int(part[1]) in layers_of_stage(stage_layers, s))
+def _configure(model: Transformer, config: RunConfig, schedule: Schedule, chunk: int) -> None:
+    """What training sets on a chunk besides its weights."""
+    parallel, rank = config.parallel, schedule.placement.rank_of[chunk]
+    model.recompute = Recompute(parallel.recompute_of(rank), parallel.recompute_layers)
+    if model.head is not None:
+        # Where many microbatches are between forward and backward, the gradients of the head would be held as often.
+        model.head.saves_gradients = most_in_flight(schedule, chunk) <= 2
+        model.head.label_smoothing, model.head.z_loss = config.train.label_smoothing, config.train.z_loss
 
 
 def _drawn_from(seed: int, dtype: torch.dtype) -> WeightSource:

@@ -31,8 +31,8 @@ def _kv_head_gradients(training: Training) -> None:
 
 
 def _tied_embeddings(training: Training) -> None:
-    engine = training.engine
-    engine.tied_pairs = [pair for pair in engine.tied_pairs if all(name in engine.buckets for name in pair)]
+    if training.mesh.pp.size > 1:
+        training.engine.tied_pairs = []
 
 
 def _data_parallel_sum(training: Training) -> None:
@@ -50,7 +50,7 @@ def _gradient_norm(training: Training) -> None:
 REDUCTIONS: dict[str, tuple[str, Callable[[Training], None]]] = {
     "sequence-parallel-norms": ("sum of norm and bias gradients over tp under sequence parallelism", _norm_gradients),
     "kv-heads": ("sum of the gradients of a key-value head over the tp ranks that share it", _kv_head_gradients),
-    "tied-embeddings": ("sum of the gradients of a tied embedding over the two stages that use it", _tied_embeddings),
+    "tied-embeddings": ("sum of the gradients of a tied embedding over its two uses in a pipeline", _tied_embeddings),
     "data-parallel": ("sum of gradients over dp", _data_parallel_sum),
     "loss-normaliser": ("count of the global batch's target tokens over dp", _loss_normaliser),
     "gradient-norm": ("sum of squared gradients over all ranks", _gradient_norm),

@@ -34,6 +34,8 @@ _OUTPUTS = (
     run_files.WANDB,
     run_files.PICTURE,
     run_files.REPORT,
+    run_files.PIPELINE,
+    run_files.PIPELINE_TRACE,
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
 import signal
 import sys
 import time
@@ -26,19 +25,23 @@ from megatron_lite.distributed.agreement import together
 from megatron_lite.distributed.mesh import Mesh, build_mesh
 from megatron_lite.distributed.rendezvous import world
 from megatron_lite.models.families import parameter_table
+from megatron_lite.models.flops import model_flops_per_token
 from megatron_lite.models.identity import WeightSource
 from megatron_lite.optim.precision import PRECISIONS
+from megatron_lite.pipeline.prove import prove_run
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.checkpoints import Checkpointer, Position, blank_weights, restore
 from megatron_lite.train.corpus import Corpus, open_corpus
 from megatron_lite.train.folder import continue_folder, held_folder, prepare_folder, run_folder, write_utilisation
 from megatron_lite.train.metrics import Sink, StepRecord, check_extras, open_sinks
 from megatron_lite.train.progress import ConsoleSink
+from megatron_lite.train.record import recorded
 from megatron_lite.train.resume import Start, find_start
 from megatron_lite.train.step import StepResult, evaluate, train_step
 from megatron_lite.train.stop import StopSignals
-from megatron_lite.train.utilisation import find_peak, model_flops_per_token
+from megatron_lite.train.utilisation import find_peak
 from megatron_lite.utils import run_files
+from megatron_lite.utils.memory import peak_memory_bytes
 
 
 class RunError(ValueError):
@@ -73,7 +76,7 @@ def run(config: RunConfig, *, resume: str = "auto", overwrite: bool = False) -> 
     """
     timeout_s, threads = config.train.collective_timeout_s, config.train.threads
     with world(timeout_s=timeout_s, threads=threads, device=config.run.device) as rendezvous:
-        mesh = build_mesh(layout_of(config), device=rendezvous.device)
+        mesh = build_mesh(layout_of(config), device=rendezvous.device, timeout_s=timeout_s)
         return train(config, mesh=mesh, resume=resume, overwrite=overwrite).exit_code
 
 
@@ -85,10 +88,14 @@ def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: boo
 
     Leaves in ``run.dir/run.name``: config.yaml, metrics.jsonl, utilisation.json, checkpoints/ and what was asked for.
 
-    Raises RunError on every rank for data or weights that cannot be used, a missing package; ResumeError for a folder
-    that holds another run, or a checkpoint of another one; CheckpointError for one that cannot be read or written;
-    DivergedError; all of them on every rank. MetricsError on the rank that writes, where the disk is full.
+    Before anything else the pipeline's schedule is proven to end, and to compute everything once and in order.
+
+    Raises RunError on every rank for a schedule that is not right, data or weights that cannot be used, a missing
+    package; ResumeError for a folder that holds another run, or a checkpoint of another one; CheckpointError for one
+    that cannot be read or written; DivergedError; all of them on every rank. MetricsError on the rank that writes,
+    where the disk is full.
     """
+    _on_first(mesh, lambda: prove_run(config))
     with contextlib.ExitStack() as stack:
         corpus = stack.enter_context(
             contextlib.closing(together(lambda: open_corpus(config, mesh), mesh.world, RunError))
@@ -135,7 +142,7 @@ def initial_weights(config: RunConfig) -> WeightSource | None:
 def _train_steps(training: Training, corpus: Corpus, position: Position) -> TrainResult:
     """All steps after ``position``, with their evaluations and checkpoints, or those until a signal comes."""
     config, mesh, meter = training.config, training.mesh, _Meter(training, position.tokens)
-    num_steps = config.train.num_steps
+    num_steps, steps_before = config.train.num_steps, position.step
     records: list[StepRecord] = []
     with (
         StopSignals(announce=mesh.world.is_first) as signals,
@@ -145,8 +152,9 @@ def _train_steps(training: Training, corpus: Corpus, position: Position) -> Trai
         while True:
             started = time.perf_counter()
             step = position.step + 1
-            result = train_step(training, _to_device(corpus.train.batch(position.samples), mesh.device))
-            seconds = time.perf_counter() - started
+            with recorded(training, step, step - steps_before):
+                result = train_step(training, _to_device(corpus.train.batch(position.samples), mesh.device))
+                seconds = time.perf_counter() - started
             # What one rank knows and all have to act on at the same step travels in one collective.
             own = (peak_memory_bytes(mesh.device), signals.requested, checkpoints.has_failed)
             peak_memory, signal_number, has_failed = largest_over_ranks(own, mesh)
@@ -267,11 +275,3 @@ def largest_over_ranks(values: Sequence[int], mesh: Mesh) -> list[int]:
     """The largest of each of the values over all ranks."""
     own = torch.tensor([int(value) for value in values], device=mesh.device)
     return [int(value) for value in collectives.all_reduce(own, mesh.world, "max").tolist()]
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this process has held so far, bytes: on CUDA what torch has allocated, else what is resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

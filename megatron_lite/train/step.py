@@ -13,7 +13,6 @@ from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.optim.grad_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.pipeline.runner import MicrobatchLike
-from megatron_lite.pipeline.schedules import Schedule
 from megatron_lite.train.build import Training
 from megatron_lite.utils import exact
 
@@ -41,7 +40,11 @@ def compute_gradients(training: Training, microbatches: Sequence[MicrobatchLike]
     Returns the loss, and the number of target tokens that it is the mean over.
     """
     training.engine.zero_gradients()
-    return _run(training, training.schedule, microbatches)
+    num_targets = count_targets(training, microbatches)
+    weight = loss_weight(num_targets)
+    weight_tensor = torch.tensor(weight, dtype=torch.float64, device=training.mesh.device)
+    loss_sums = training.runner.run(training.schedule, microbatches, weight_tensor)
+    return weight * sum_losses(training.mesh, loss_sums), num_targets
 
 
 def apply_gradients(training: Training) -> tuple[float, float]:
@@ -68,19 +71,10 @@ def apply_gradients(training: Training) -> tuple[float, float]:
     return norm, lr
 
 
-@torch.no_grad()
 def evaluate(training: Training, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
     """Mean loss in nats over the targets of all data-parallel ranks' microbatches, and how many targets there were."""
-    return _run(training, training.evaluation_schedule(len(microbatches)), microbatches)
-
-
-def _run(training: Training, schedule: Schedule, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:
-    """Runs a schedule over the batch; the mean loss, and the number of targets that it is the mean over."""
     num_targets = count_targets(training, microbatches)
-    weight = loss_weight(num_targets)
-    weight_tensor = torch.tensor(weight, dtype=torch.float64, device=training.mesh.device)
-    loss_sums = training.runner.run(schedule, microbatches, weight_tensor)
-    return weight * sum_losses(training.mesh, loss_sums), num_targets
+    return loss_weight(num_targets) * sum_losses(training.mesh, training.runner.evaluate(microbatches)), num_targets
 
 
 def loss_weight(num_targets: int) -> float:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_lite.config.schema import ModelConfig
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Mesh
-from megatron_lite.models.families import parameter_table
 
 # Dense peaks, FLOP/s, from NVIDIA's data sheets: bf16 on tensor cores, fp32 and fp64 without TF32. The first name that
 # is part of the device's name counts, so the longer names come first.
@@ -40,28 +38,6 @@ class Peak:
     dtype: str
     source: str
     total_flops_per_s: float
-
-
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations that training needs for one token, forward and backward.
-
-    Each weight of a matrix product takes a multiplication and an addition in forward, and twice that in backward (the
-    gradient of the input and that of the weight): 6 per weight. The embedding is looked up and costs nothing; the
-    head is a product whether it is tied or not. Attention adds, in each layer, the products with keys and with values:
-    a token sees (seq_len + 1) / 2 positions on average, fewer in a layer with a sliding window, and each takes
-    2 * 2 * heads * head_dim in forward and twice that in backward: 12 * heads * head_dim. (Chowdhery et al. 2022, PaLM,
-    arXiv:2204.02311, appendix B, which counts masked positions too, so that its attention term is twice this one;
-    recomputed activations and padding are not counted.)
-    """
-    products = [s for s in parameter_table(model) if len(s.shape) == 2 and not s.name.startswith("embedding.")]
-    positions = sum(_seen_positions(model.window_of_layer(layer), seq_len) for layer in range(model.num_layers))
-    return 6 * sum(spec.numel for spec in products) + 12 * model.num_heads * model.head_dim * positions
-
-
-def _seen_positions(window: int | None, seq_len: int) -> float:
-    """Mean of min(i, window) over positions i of 1 to ``seq_len``."""
-    most = seq_len if window is None else min(window, seq_len)
-    return most - most * (most - 1) / (2 * seq_len)
 
 
 def find_peak(mesh: Mesh, dtype: torch.dtype) -> Peak:

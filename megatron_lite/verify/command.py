@@ -10,7 +10,7 @@ from rich.progress import Progress
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.train.faults import check_reduction
-from megatron_lite.verify.layouts import MAX_RANKS, ProofLayout, default_layouts, layout_of_config, legal, matrix, parse
+from megatron_lite.verify.layouts import MAX_RANKS, ProofLayout, choose_layouts, layout_of_config, layouts_asked_for
 from megatron_lite.verify.proof import Proof
 from megatron_lite.verify.shrink import NUM_STEPS, shrink
 from megatron_lite.verify.table import complaints, verdict_table
@@ -29,13 +29,17 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
     if without is not None:
         check_reduction(without)
     given = load_config(path, overrides)
-    config = shrink(given, dtype)
+    config = shrink(given, dtype, layouts_asked_for(wanted))
     layouts = choose_layouts(wanted, config)
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
     console.print(_what_is_proven(given, config, len(layouts), without), highlight=False, soft_wrap=True)
     if wanted == "default" and (sentence := _own_layout_missing(given, layouts)):
+        console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
+    left_out = len(layouts_asked_for(wanted)) - len(layouts)
+    if left_out > 0:
+        sentence = f"{left_out} layouts of the matrix are left out: this model has too few layers or heads for them"
         console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
     with (
         WorkerPool(max(layout.world_size for layout in layouts), preload=("megatron_lite.verify.trial",)) as pool,
@@ -48,23 +52,6 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
     for line in complaints(verdicts):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     return all(verdict.holds for verdict in verdicts)
-
-
-def choose_layouts(wanted: str, config: RunConfig) -> list[ProofLayout]:
-    """The layouts that a text asks for: 'default', 'all' (the whole matrix), or layouts with ';' between them.
-
-    Raises ValueError for a text that is not understood, ConfigError for a layout that the config does not allow.
-    """
-    if wanted == "default":
-        return default_layouts(config)
-    if wanted == "all":
-        return legal(config, matrix())
-    chosen = [parse(text) for text in wanted.split(";") if text.strip()]
-    if not chosen:
-        raise ValueError("--layouts names no layout; write 'default', 'all', or layouts such as 'tp=2,pp=2;dp=4'")
-    for layout in chosen:
-        layout.apply(config)
-    return list(dict.fromkeys(chosen))
 
 
 def _what_is_proven(given: RunConfig, config: RunConfig, num_layouts: int, without: str | None) -> str:

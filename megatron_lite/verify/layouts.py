@@ -9,16 +9,24 @@ from itertools import product
 from typing import Any
 
 from megatron_lite.config.load import with_world
+from megatron_lite.config.parallel import schedule_rule
 from megatron_lite.config.problems import ConfigError
+from megatron_lite.config.schedules import SCHEDULE_RULES
 from megatron_lite.config.schema import RunConfig
+from megatron_lite.pipeline.prove import prove_run
 
 MAX_RANKS = 8
-_SIZES = {"tp", "pp", "dp"}
+RECOMPUTES = ("none", "selective", "full")
+_SIZES = {"tp": "tp", "pp": "pp", "v": "virtual_stages", "dp": "dp"}
+EXAMPLE = "tp=2,pp=2,dp=2,sp,gpipe,zero=0"
 
 
 @dataclass(frozen=True, order=True)
 class ProofLayout:
-    """One way to run the same computation. ``str()`` gives the text that ``parse`` reads."""
+    """One way to run the same computation. ``str()`` gives the text that ``parse`` reads.
+
+    schedule: a name, or the path of a schedule file. recompute: of all stages, or of each with '+' between them.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -26,67 +34,104 @@ class ProofLayout:
     schedule: str = "1f1b"
     zero_stage: int = 1
     sequence_parallel: bool = False
+    virtual_stages: int = 1
+    recompute: str = "none"
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
+    @property
+    def num_chunks(self) -> int:
+        """The fewest layers that a model needs for this layout."""
+        return self.pp * self.virtual_stages
+
     def __str__(self) -> str:
-        parts = [f"{axis}={getattr(self, axis)}" for axis in ("tp", "pp", "dp") if getattr(self, axis) > 1]
+        rule = schedule_rule(self.schedule)
+        _, most = rule.virtual_stages
+        says_v = self.virtual_stages != rule.default_virtual_stages or 1 < self.virtual_stages != most
+        sizes = ((name, getattr(self, size)) for name, size in _SIZES.items())
+        parts = [f"{name}={size}" for name, size in sizes if (says_v if name == "v" else size > 1)]
         parts += ["sp"] * self.sequence_parallel
         parts += [self.schedule] * (self.schedule != "1f1b") + [f"zero={self.zero_stage}"] * (self.zero_stage != 1)
+        parts += [f"recompute={self.recompute}"] * (self.recompute != "none")
         return ",".join(parts) or "single"
 
     def base(self) -> ProofLayout:
-        """The layout that this one must equal bit by bit: schedule, number of stages and ZeRO stage change nothing."""
+        """The layout that this one must equal bit by bit: schedule, number of stages and of chunks, ZeRO stage and
+        recompute change nothing."""
         return ProofLayout(tp=self.tp, dp=self.dp, sequence_parallel=self.sequence_parallel)
 
     def single_axes(self) -> Iterator[tuple[str, ProofLayout]]:
         """Each axis of this layout alone, to find the one that breaks a bound."""
+        one = ProofLayout(zero_stage=self.zero_stage)
         if self.tp > 1:
-            yield "tp", dataclasses.replace(self, pp=1, dp=1)
-        if self.pp > 1:
-            yield "pp", dataclasses.replace(self, tp=1, dp=1, sequence_parallel=False)
+            yield "tp", dataclasses.replace(one, tp=self.tp, sequence_parallel=self.sequence_parallel)
+        if self.num_chunks > 1:
+            yield "pp", dataclasses.replace(self, tp=1, dp=1, sequence_parallel=False, recompute="none")
         if self.dp > 1:
-            yield "dp", dataclasses.replace(self, tp=1, pp=1, sequence_parallel=False)
+            yield "dp", dataclasses.replace(one, dp=self.dp)
+        if self.recompute != "none":
+            yield "recompute", dataclasses.replace(one, recompute=max(self.recompute.split("+"), key=RECOMPUTES.index))
 
     def apply(self, config: RunConfig) -> RunConfig:
         """The config in this layout. Raises ConfigError where the model or the batch does not allow it."""
         update: dict[str, Any] = dataclasses.asdict(self)
+        update["recompute"] = tuple(self.recompute.split("+"))
+        if "full" not in update["recompute"]:
+            update["recompute_layers"] = 1
         stage_layers = config.parallel.stage_layers
-        if stage_layers is not None and len(stage_layers) != self.pp:
+        if stage_layers is not None and len(stage_layers) != self.num_chunks:
             update["stage_layers"] = None
         parallel = config.parallel.model_copy(update=update)
         return with_world(config.model_copy(update={"parallel": parallel}), self.world_size)
 
 
 def parse(text: str) -> ProofLayout:
-    """Reads ``tp=2,pp=2,dp=2,sp,gpipe,zero=0``; axes that are left out are 1; ``single`` is one process.
+    """Reads ``tp=2,pp=2,v=2,dp=2,sp,interleaved,zero=0,recompute=full``; ``single`` is one process.
 
-    Raises ValueError with what was not understood.
+    Sizes that are left out are 1, and v (virtual stages) is what the schedule usually has. recompute may list the
+    stages: ``recompute=none+full``. Raises ValueError with what was not understood.
     """
     fields: dict[str, Any] = {}
     for part in text.replace(" ", "").split(","):
-        key, _, value = part.partition("=")
-        if key in fields or (fields and part == "single"):
+        name, value = _field(part, text)
+        if name in fields or (fields and not name):
             raise ValueError(f"layout {text!r}: {part!r} contradicts what comes before it")
-        if key in _SIZES and value.isdecimal() and int(value) > 0:
-            fields[key] = int(value)
-        elif part in ("gpipe", "1f1b"):
-            fields["schedule"] = part
-        elif key == "zero" and value in ("0", "1"):
-            fields["zero_stage"] = int(value)
-        elif part == "sp":
-            fields["sequence_parallel"] = True
-        elif part != "single":
-            raise ValueError(
-                f"layout {text!r}: {part!r} is not understood; a layout is like tp=2,pp=2,dp=2,sp,gpipe,zero=0 "
-                "(tp, pp, dp: sizes; sp: sequence parallel; gpipe or 1f1b; zero=0 or zero=1)"
-            )
+        if name:
+            fields[name] = value
+    schedule = fields.get("schedule", ProofLayout.schedule)
+    rule = schedule_rule(schedule)
+    chunks = fields.setdefault("virtual_stages", rule.default_virtual_stages)
+    if not rule.takes(chunks):
+        usual = rule.default_virtual_stages
+        raise ValueError(f"layout {text!r}: v={chunks} is not what {schedule} takes; leave it out for v={usual}")
     layout = ProofLayout(**fields)
     if layout.world_size > MAX_RANKS:
         raise ValueError(f"layout {text!r} needs {layout.world_size} processes; a proof runs at most {MAX_RANKS}")
     return layout
+
+
+def _field(part: str, text: str) -> tuple[str, Any]:
+    """The field of a layout that a part of its text sets, and the value; no field for 'single'."""
+    key, _, value = part.partition("=")
+    if key in _SIZES and value.isdecimal() and int(value) > 0:
+        return _SIZES[key], int(value)
+    if part in SCHEDULE_RULES or part.endswith(".csv"):
+        return "schedule", part
+    if key == "zero" and value in ("0", "1"):
+        return "zero_stage", int(value)
+    if part == "sp":
+        return "sequence_parallel", True
+    if key == "recompute" and all(entry in RECOMPUTES for entry in value.split("+")):
+        return "recompute", value
+    if part == "single":
+        return "", None
+    raise ValueError(
+        f"layout {text!r}: {part!r} is not understood; a layout is like {EXAMPLE} (tp, pp, dp, v: sizes, v of the "
+        f"virtual stages; sp: sequence parallel; a schedule: {', '.join(SCHEDULE_RULES)}; zero=0 or zero=1; "
+        f"recompute=none, selective or full)"
+    )
 
 
 def layout_of_config(config: RunConfig) -> ProofLayout | None:
@@ -96,7 +141,17 @@ def layout_of_config(config: RunConfig) -> ProofLayout | None:
     if model > MAX_RANKS:
         return None
     dp = min(p.dp or MAX_RANKS // model, MAX_RANKS // model)
-    return ProofLayout(p.tp, p.pp, dp, p.schedule, p.zero_stage, p.sequence_parallel and p.tp > 1)
+    recompute = p.recompute[:1] if len(set(p.recompute)) == 1 else p.recompute
+    return ProofLayout(
+        p.tp,
+        p.pp,
+        dp,
+        p.schedule,
+        p.zero_stage,
+        p.sequence_parallel and p.tp > 1,
+        p.virtual_stages,
+        "+".join(recompute),
+    )
 
 
 def matrix(sizes: Iterable[int] = (1, 2, 4)) -> list[ProofLayout]:
@@ -111,12 +166,27 @@ def matrix(sizes: Iterable[int] = (1, 2, 4)) -> list[ProofLayout]:
     return layouts
 
 
+def pipeline_matrix(sizes: Iterable[int] = (2, 4, 8)) -> list[ProofLayout]:
+    """Every schedule with one and two virtual stages where it takes them, at each number of stages, ZeRO stage and
+    recompute; over two data-parallel ranks where there is room for them, which is what a ZeRO stage is about."""
+    layouts = []
+    for pp, schedule, chunks, zero, recompute in product(sizes, SCHEDULE_RULES, (1, 2), (0, 1), RECOMPUTES):
+        dp = 2 if 2 * pp <= MAX_RANKS else 1
+        if SCHEDULE_RULES[schedule].takes(chunks):
+            layouts.append(ProofLayout(1, pp, dp, schedule, zero, False, chunks, recompute))
+    return layouts
+
+
+MATRICES = {"all": matrix, "pipeline": pipeline_matrix}
+
+
 def default_layouts(config: RunConfig) -> list[ProofLayout]:
     """The config's own layout, each axis alone, and pairs of axes; those that the config allows."""
     own = layout_of_config(config)
     wanted = [own] if own is not None else []
     texts = ("tp=2", "tp=2,sp", "pp=2", "pp=2,gpipe", "dp=2", "dp=2,zero=0", "tp=2,pp=2", "pp=2,dp=2", "tp=2,dp=2,sp",
-             "tp=2,pp=2,dp=2,sp", "tp=2,pp=2,dp=2,gpipe,zero=0", "tp=4,sp", "pp=4")  # fmt: skip
+             "tp=2,pp=2,dp=2,sp", "tp=2,pp=2,dp=2,gpipe,zero=0", "tp=4,sp", "pp=4",
+             "pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=2,zb-v", "pp=2,recompute=full")  # fmt: skip
     wanted += [parse(text) for text in texts]
     return legal(config, dict.fromkeys(wanted))
 
@@ -131,3 +201,34 @@ def legal(config: RunConfig, layouts: Iterable[ProofLayout]) -> list[ProofLayout
             continue
         allowed.append(layout)
     return allowed
+
+
+def choose_layouts(wanted: str, config: RunConfig) -> list[ProofLayout]:
+    """The layouts that a text asks for: 'default', 'all' (the whole matrix), 'pipeline' (every pipeline schedule with
+    every ZeRO stage and recompute), or layouts with ';' between them.
+
+    Of a matrix, those that the config allows. Raises ValueError for a text that is not understood, ConfigError for a
+    named layout that the config does not allow, ScheduleError for one whose schedule is not right.
+    """
+    if wanted == "default":
+        return default_layouts(config)
+    chosen = layouts_asked_for(wanted)
+    if wanted in MATRICES:
+        return legal(config, chosen)
+    for layout in chosen:
+        prove_run(layout.apply(config))
+    return chosen
+
+
+def layouts_asked_for(wanted: str) -> list[ProofLayout]:
+    """The same before the config is looked at; none for 'default', which depends on it."""
+    if wanted == "default":
+        return []
+    if wanted in MATRICES:
+        return MATRICES[wanted]()
+    chosen = [parse(text) for text in wanted.split(";") if text.strip()]
+    if not chosen:
+        raise ValueError(
+            "--layouts names no layout; write 'default', 'all', 'pipeline', or layouts such as 'tp=2,pp=2;dp=4'"
+        )
+    return list(dict.fromkeys(chosen))

@@ -50,7 +50,7 @@ def run_trial(config: RunConfig, num_steps: int, without: str | None = None) -> 
     training = build(config, mesh=mesh, weights=perturbed_weights(config))
     if without is not None:
         remove_reduction(training, without)
-    names = [name for name, _ in training.stage.named_parameters()]
+    names = [name for name, _ in training.named_parameters()]
     losses, grad_norms, gradients = [], [], {}
     for step in range(num_steps):
         loss, _ = compute_gradients(training, list(proof_batch(config, step, mesh.dp.index)))

@@ -75,7 +75,8 @@ class Bucket:
             return
 
         def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                return  # autograd runs hooks also where a backward has left a gradient for later: ops/linear.py
             if name in self._stale:
                 gradient.copy_(parameter.grad)
                 self._stale.discard(name)

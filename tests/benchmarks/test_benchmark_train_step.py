@@ -35,7 +35,7 @@ def test_workloads_are_the_published_ones() -> None:
     assert round(WORKLOADS["W1"].flops_per_token / 1e6) == 179
     assert WORKLOADS["W1"].tokens_per_step == WORKLOADS["W2"].tokens_per_step == 4096
     for workload in WORKLOADS.values():
-        assert sum(workload.stage_layers) == workload.num_layers
+        assert all(sum(layers) == workload.num_layers for layers in workload.chunk_layers.values())
 
 
 def test_a_batch_depends_on_its_step_alone() -> None:
@@ -141,3 +141,16 @@ def test_an_unknown_row_ends_in_one_sentence() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "no row begins with 'tp3'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_pipeline_benchmark_runs_its_schedules(tmp_path: Path) -> None:
+    out = tmp_path / "pipeline.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "pipeline.py"), "--smoke", "--rounds", "1", "--out", str(out)]
+    subprocess.run([*command, "--schedules", "1f1b,interleaved,zb-v"], check=True, capture_output=True, timeout=300)
+    records = json.loads(out.read_text())["records"]
+    assert [record["row"] for record in records[::2]] == [
+        "pipeline-fp32-1f1b",
+        "pipeline-fp32-interleaved",
+        "pipeline-fp32-zb-v",
+    ]
+    assert {record["contender"] for record in records} == {"ours", "peers.torch_pipelining"}

@@ -79,11 +79,11 @@ class Report:
 def shards_of(training: Training) -> dict[str, Tensor]:
     """Weights and moments of every parameter on this stage, from the engine's memory."""
     engine, states, shards = training.engine, training.optimizer_states, {}
-    for name, _ in training.stage.named_parameters():
+    for name, _ in training.named_parameters():
         shards[f"weights/{name}"] = engine.whole_master(name)
         shards[f"adamw.first/{name}"] = engine._whole(name, lambda bucket: states[bucket.layout.name].first)
         shards[f"adamw.second/{name}"] = engine._whole(name, lambda bucket: states[bucket.layout.name].second)
-        local = dict(training.stage.named_parameters())[name]
+        local = dict(training.named_parameters())[name]
         assert same_bits(local.detach(), shards[f"weights/{name}"].to(local.dtype)), "parameters are not gathered"
     return shards
 

@@ -10,7 +10,9 @@ from megatron_lite.config.keys import leaf_fields
 
 PACKAGE = Path(__file__).parents[2] / "megatron_lite"
 
-AMBIGUOUS = frozenset({"type", "name", "dir", "device", "schedule", "train", "eps", "family", "dp", "tp", "pp", "cp"})
+AMBIGUOUS = frozenset(
+    {"type", "name", "dir", "device", "schedule", "partition", "train", "eps", "family", "dp", "tp", "pp", "cp"}
+)
 """Names that other objects have too: read only if the attribute is taken from the section, or from its config class."""
 
 

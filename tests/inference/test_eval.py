@@ -238,7 +238,7 @@ def nan_job(request: EvalRequest) -> str:
     mesh = build_mesh(Layout(pp=request.pp), device=torch.device("cpu"))
     runner = load_runner(plan.source, mesh, request.dtype)
     if mesh.pp.index == 1:
-        runner.stage.get_parameter("layers.1.mlp.down.weight")[3, 5] = torch.nan
+        runner.model.get_parameter("layers.1.mlp.down.weight")[3, 5] = torch.nan
     with pytest.raises(EvaluationError) as raised:
         score_files(request, plan, runner)
     return str(raised.value)

@@ -95,7 +95,7 @@ def logits_job(config: RunConfig, samples: list[list[Sample]]) -> tuple[int, lis
     """(dp index, logits of its rows' samples) on the last stage. samples: of each row; the rows are split over dp."""
     mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
     training = build(config, mesh=mesh)
-    for name, parameter in training.stage.named_parameters():
+    for name, parameter in training.named_parameters():
         if parameter.ndim == 1 and name.endswith("bias"):
             parameter.fill_(0.1)  # drawn as zeros, they would hide a bias in the wrong place
     per_rank = len(samples) // mesh.dp.size
@@ -106,7 +106,7 @@ def logits_job(config: RunConfig, samples: list[list[Sample]]) -> tuple[int, lis
 
 def _logits(training: Training, sample: Sample) -> Tensor:
     """``[S, V]`` on the last stage, nothing elsewhere."""
-    stage, mesh = training.stage, training.mesh
+    stage, mesh = training.runner.model, training.mesh
     inputs = sample.tokens
     if not mesh.pp.is_first:
         divide_by = mesh.tp.size if training.config.parallel.sequence_parallel else 1

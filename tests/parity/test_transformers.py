@@ -147,7 +147,7 @@ def start(folder: Path, overrides: list[str]) -> Training:
 def logits_job(folder: Path, overrides: list[str], tokens: Tensor) -> tuple[int, Tensor] | None:
     """(dp index, logits ``[B / dp, S, V]``) from the last stage: its part of the batch, stage after stage."""
     training = start(folder, overrides)
-    stage, mesh = training.stage, training.mesh
+    stage, mesh = training.runner.model, training.mesh
     own = tokens.tensor_split(mesh.dp.size)[mesh.dp.index]
     inputs = own
     if not mesh.pp.is_first:

@@ -12,8 +12,9 @@ from megatron_lite.config.schema import KernelsConfig, ModelConfig
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.topology import Layout
 from megatron_lite.distributed.worker_pool import WorkerPool
+from megatron_lite.models.flops import model_flops_per_token
 from megatron_lite.models.transformer import Transformer
-from megatron_lite.train.utilisation import Peak, find_peak, model_flops_per_token
+from megatron_lite.train.utilisation import Peak, find_peak
 
 BATCH, SEQ_LEN = 2, 16
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_seq_len": 32}

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.config.problems import ConfigError
+from megatron_lite.config.schedules import SCHEDULE_RULES
 from megatron_lite.verify.layouts import (
     MAX_RANKS,
     ProofLayout,
+    choose_layouts,
     default_layouts,
     layout_of_config,
+    layouts_asked_for,
     legal,
     matrix,
     parse,
+    pipeline_matrix,
 )
 
 KEYS = (
@@ -34,13 +39,21 @@ def config(*keys: str) -> RunConfig:
     return load_config(None, [*KEYS, *keys])
 
 
-@pytest.mark.parametrize("layout", matrix(), ids=str)
+@pytest.mark.parametrize("layout", [*matrix(), *pipeline_matrix()], ids=str)
 def test_text_and_back(layout: ProofLayout) -> None:
     assert parse(str(layout)) == layout
 
 
+def test_texts_are_short() -> None:
+    for text in ("single", "pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=4,zb-v", "pp=2,v=2,zb-h1,recompute=full"):
+        assert str(parse(text)) == text
+    assert str(parse("pp=2,interleaved,v=1")) == "pp=2,v=1,interleaved"
+    assert str(parse("interleaved,pp=2")) == "pp=2,v=2,interleaved"
+
+
 def test_texts_differ_where_layouts_do() -> None:
-    assert len({str(layout) for layout in matrix()}) == len(matrix())
+    layouts = {*matrix(), *pipeline_matrix()}
+    assert len({str(layout) for layout in layouts}) == len(layouts)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +65,15 @@ def test_texts_differ_where_layouts_do() -> None:
         ("pp=4,gpipe", ProofLayout(pp=4, schedule="gpipe")),
         ("pp=2,1f1b,zero=0", ProofLayout(pp=2, zero_stage=0)),
         ("tp=1,pp=1,dp=8", ProofLayout(dp=8)),
+        ("pp=2,v=2,interleaved", ProofLayout(pp=2, schedule="interleaved", virtual_stages=2)),
+        ("pp=2,interleaved", ProofLayout(pp=2, schedule="interleaved", virtual_stages=2)),
+        ("pp=2,interleaved,v=1", ProofLayout(pp=2, schedule="interleaved")),
+        ("pp=2,v=2,zb-h1", ProofLayout(pp=2, schedule="zb-h1", virtual_stages=2)),
+        ("pp=2,interleaved,v=3", ProofLayout(pp=2, schedule="interleaved", virtual_stages=3)),
+        ("pp=4,zb-v", ProofLayout(pp=4, schedule="zb-v", virtual_stages=2)),
+        ("pp=2,zb-h1,recompute=full", ProofLayout(pp=2, schedule="zb-h1", recompute="full")),
+        ("pp=2,recompute=none+selective", ProofLayout(pp=2, recompute="none+selective")),
+        ("tp=2,pp=2,my/own.csv,v=2", ProofLayout(tp=2, pp=2, schedule="my/own.csv", virtual_stages=2)),
     ],
 )
 def test_parse(text: str, layout: ProofLayout) -> None:
@@ -70,6 +92,11 @@ def test_parse(text: str, layout: ProofLayout) -> None:
         ("sp=1", "sp=1"),
         ("pp=2,GPipe", "GPipe"),
         ("pp=2,gpipe=1", "gpipe=1"),
+        ("pp=2,v=0", "v=0"),
+        ("pp=2,zbv", "zbv"),
+        ("recompute=all", "recompute=all"),
+        ("pp=2,recompute=full+", "recompute=full+"),
+        ("recompute", "recompute"),
         ("", ""),
         ("tp=2,,dp=2", ""),
     ],
@@ -80,6 +107,21 @@ def test_errors_name_the_part_that_is_not_understood(text: str, part: str) -> No
     message = str(caught.value)
     assert f"{part!r} is not understood" in message and repr(text) in message
     assert "tp=2,pp=2,dp=2,sp,gpipe,zero=0" in message  # an example of what is
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("pp=2,v=2", "v=2 is not what 1f1b takes; leave it out for v=1"),
+        ("pp=2,v=1,zb-v", "v=1 is not what zb-v takes; leave it out for v=2"),
+        ("pp=2,pp=4", "'pp=4' contradicts"),
+        ("pp=2,gpipe,zb-h1", "'zb-h1' contradicts"),
+        ("pp=2,single", "'single' contradicts"),
+    ],
+)
+def test_errors_say_what_does_not_go_together(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        parse(text)
 
 
 def test_a_layout_that_is_too_large_is_refused() -> None:
@@ -126,17 +168,21 @@ def test_smaller_matrices() -> None:
 
 def test_the_base_keeps_what_may_change_bits_and_nothing_else() -> None:
     assert str(parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").base()) == "tp=2,dp=2,sp"
-    assert parse("pp=4,gpipe").base() == ProofLayout()
-    for layout in matrix():
+    assert parse("pp=4,gpipe").base() == parse("pp=8,zb-v,recompute=full").base() == ProofLayout()
+    for layout in (*matrix(), *pipeline_matrix()):
         base = layout.base()
         assert base.base() == base
         assert (base.tp, base.dp, base.sequence_parallel) == (layout.tp, layout.dp, layout.sequence_parallel)
         assert (base.pp, base.schedule, base.zero_stage) == (1, "1f1b", 1)
+        assert (base.virtual_stages, base.recompute) == (1, "none")
 
 
 def test_each_axis_alone() -> None:
     found = {name: str(layout) for name, layout in parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").single_axes()}
-    assert found == {"tp": "tp=2,sp,gpipe,zero=0", "pp": "pp=2,gpipe,zero=0", "dp": "dp=2,gpipe,zero=0"}
+    assert found == {"tp": "tp=2,sp,zero=0", "pp": "pp=2,gpipe,zero=0", "dp": "dp=2,zero=0"}
+    found = {name: str(layout) for name, layout in parse("tp=2,pp=2,zb-v,recompute=none+selective").single_axes()}
+    assert found == {"tp": "tp=2", "pp": "pp=2,zb-v", "recompute": "recompute=selective"}
+    assert [name for name, _ in parse("v=2,interleaved").single_axes()] == ["pp"]
     assert list(ProofLayout().single_axes()) == []
 
 
@@ -148,10 +194,22 @@ def test_apply() -> None:
     by_hand = config("parallel.pp=2", "parallel.stage_layers=[1,3]")
     assert parse("pp=2").apply(by_hand).parallel.stage_layers == (1, 3)
     assert parse("pp=4").apply(by_hand).parallel.stage_layers is None
-    refusals = {"tp=8": "model.num_heads=4", "pp=8": "model.num_layers=7", "dp=8": "train.global_batch_size=4"}
+    assert parse("pp=2,v=2,interleaved").apply(by_hand).parallel.stage_layers is None
+    p = parse("pp=2,zb-v,recompute=none+full").apply(config()).parallel
+    assert (p.schedule, p.virtual_stages, p.recompute) == ("zb-v", 2, ("none", "full"))
+    saves_less = config("parallel.recompute=full", "parallel.recompute_layers=2")
+    assert parse("pp=2,recompute=full").apply(saves_less).parallel.recompute_layers == 2
+    assert parse("pp=2").apply(saves_less).parallel.recompute_layers == 1
+    refusals = {
+        "tp=8": "model.num_heads=4",
+        "pp=8": "model.num_layers=7",
+        "dp=8": "train.global_batch_size=4",
+        "pp=4,zb-v": "model.num_layers=7",
+        "pp=2,recompute=none+full+none": "model.num_layers=4",
+    }
     for text, key in refusals.items():
         with pytest.raises(ConfigError):
-            parse(text).apply(config(key))
+            parse(text).apply(config(*key.split()))
 
 
 def test_legal_leaves_out_what_the_model_or_the_batch_does_not_allow() -> None:
@@ -166,6 +224,12 @@ def test_the_layout_of_a_config() -> None:
     assert layout_of_config(config("parallel.dp=64", "train.global_batch_size=64")) == ProofLayout(dp=8)
     assert layout_of_config(config("parallel.sequence_parallel=true")) == ProofLayout(dp=8)
     assert layout_of_config(config("parallel.tp=8", "parallel.pp=2")) is None
+    keys = ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.dp=1")
+    own = layout_of_config(config(*keys, "parallel.recompute=[full,full]"))
+    assert str(own) == "pp=2,v=2,interleaved,recompute=full"
+    own = layout_of_config(config(*keys, "parallel.recompute=[full,none]"))
+    assert own is not None and own.recompute == "full+none"
+    assert own.apply(config()).parallel.recompute == ("full", "none")
 
 
 def test_default_layouts_have_the_own_first_each_axis_and_no_repeats() -> None:
@@ -174,3 +238,43 @@ def test_default_layouts_have_the_own_first_each_axis_and_no_repeats() -> None:
     assert len(layouts) == len(set(layouts)) > 8
     texts = {str(layout) for layout in layouts}
     assert {"tp=2", "pp=2", "dp=2", "tp=2,sp", "pp=2,gpipe", "dp=2,zero=0"} <= texts
+    assert {"pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=2,zb-v", "pp=2,recompute=full"} <= texts
+
+
+def test_the_pipeline_matrix_has_every_combination() -> None:
+    layouts = pipeline_matrix()
+    assert len(layouts) == len(set(layouts)) and max(layout.world_size for layout in layouts) == MAX_RANKS
+    kinds = {(layout.schedule, layout.virtual_stages) for layout in layouts}
+    assert {schedule for schedule, _ in kinds} == set(SCHEDULE_RULES)
+    assert {("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-h1", 2), ("zb-v", 2)} <= kinds
+    assert not {("1f1b", 2), ("zb-v", 1)} & kinds
+    combinations = {
+        (kind, pp, zero, recompute)
+        for kind in kinds
+        for pp in (2, 4, 8)
+        for zero in (0, 1)
+        for recompute in ("none", "selective", "full")
+    }
+    assert combinations == {
+        ((layout.schedule, layout.virtual_stages), layout.pp, layout.zero_stage, layout.recompute) for layout in layouts
+    }
+    assert all(layout.dp == 2 for layout in layouts if layout.pp < 8), "over one rank a ZeRO stage says nothing"
+    assert {layout.tp for layout in layouts} == {1}
+
+
+def test_what_a_layout_asks_of_a_model() -> None:
+    assert parse("pp=4,dp=2,zb-v").num_chunks == 8
+
+
+def test_the_words_that_stand_for_layouts() -> None:
+    deep = config("model.num_layers=16", "train.global_batch_size=16")
+    assert layouts_asked_for("default") == [] and choose_layouts("default", deep) == default_layouts(deep)
+    assert choose_layouts("all", deep) == layouts_asked_for("all") == matrix()
+    assert choose_layouts("pipeline", deep) == layouts_asked_for("pipeline") == pipeline_matrix()
+    assert 0 < len(choose_layouts("pipeline", config())) < len(pipeline_matrix()), "of four layers"
+    named = "pp=4,zb-v; pp=2,recompute=full;pp=4,zb-v"
+    assert [str(layout) for layout in choose_layouts(named, deep)] == ["pp=4,zb-v", "pp=2,recompute=full"]
+    with pytest.raises(ConfigError):
+        choose_layouts(named, config())
+    with pytest.raises(ValueError, match="names no layout"):
+        layouts_asked_for(" ; ")

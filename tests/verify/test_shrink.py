@@ -6,7 +6,7 @@ import pytest
 
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.models.families import parameter_table
-from megatron_lite.verify.layouts import ProofLayout, default_layouts, layout_of_config
+from megatron_lite.verify.layouts import ProofLayout, default_layouts, layout_of_config, legal, parse, pipeline_matrix
 from megatron_lite.verify.shrink import SMALL, shrink
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -81,6 +81,26 @@ OWN_LAYOUTS = {
         ("parallel.tp=8", "parallel.sequence_parallel=true", "train.seq_len=20", "train.micro_batch_size=2"),
         "tp=8,sp",
     ),
+    "a chunk for each layer that a copy has": (
+        "llama3-8b",
+        ("parallel.pp=4", "parallel.schedule=interleaved", "parallel.virtual_stages=4"),
+        "pp=4,v=4,dp=2,interleaved",
+    ),
+    "a schedule of many microbatches": (
+        "llama3-8b",
+        ("parallel.pp=4", "parallel.schedule=dualpipe-v", "parallel.dp=2"),
+        "pp=4,dp=2,dualpipe-v",
+    ),
+    "recompute of some stages": (
+        "llama3-8b",
+        ("parallel.pp=2", "parallel.dp=1", "parallel.recompute=[full,selective]", "parallel.recompute_layers=8"),
+        "pp=2,recompute=full+selective",
+    ),
+    "a schedule from a file": (
+        "llama3-8b",
+        ("parallel.pp=4", "parallel.schedule=own.csv", "parallel.virtual_stages=2", "parallel.dp=2"),
+        "pp=4,v=2,dp=2,own.csv",
+    ),
     "wsd with warm-up": ("llama3-8b", ("optim.schedule=wsd", "optim.warmup_steps=10"), "dp=8"),
 }
 
@@ -116,3 +136,28 @@ def test_a_split_by_hand_stays_where_the_depth_does() -> None:
     assert shrink(load_config(None, [*tiny, *keys]), "float64").parallel.stage_layers == (1, 4)
     deep = of_model(CONFIGS / "models" / "llama3-8b.yaml", "parallel.pp=2", "parallel.stage_layers=[15,17]")
     assert shrink(deep, "float64").parallel.stage_layers is None
+
+
+def test_a_measured_split_is_left_out_where_the_depth_changes() -> None:
+    for given, expected in (("costs.json", "even"), ("cost", "cost")):
+        deep = of_model(CONFIGS / "models" / "llama3-8b.yaml", "parallel.pp=2", f"parallel.partition={given}")
+        assert shrink(deep, "float64").parallel.partition == expected
+
+
+def test_the_copy_has_room_for_the_layouts_that_are_asked_for() -> None:
+    whole = of_model(CONFIGS / "models" / "llama3-8b.yaml")
+    assert shrink(whole, "float64").model.num_layers == 4, "and no more without them"
+    small = shrink(whole, "float64", pipeline_matrix())
+    assert legal(small, pipeline_matrix()) == pipeline_matrix()
+    assert small.model.num_layers == 16
+    assert parameter_table(small.model).num_parameters <= SMALL
+    one = [parse("pp=4,zb-v")]
+    assert shrink(whole, "float64", one).model.num_layers == 8 and legal(shrink(whole, "float64", one), one) == one
+
+
+def test_the_copy_of_a_schedule_file_keeps_its_microbatches() -> None:
+    keys = ("parallel.pp=4", "parallel.schedule=own.csv", "train.micro_batch_size=2", "train.global_batch_size=60")
+    for dp, microbatches in ((1, 30), (2, 15)):
+        small = shrink(of_model(CONFIGS / "models" / "llama3-8b.yaml", *keys, f"parallel.dp={dp}"), "float64")
+        own = layout_of_config(small)
+        assert own is not None and own.apply(small).num_microbatches == microbatches

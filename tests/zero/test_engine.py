@@ -75,7 +75,7 @@ def padding_of(training: Training) -> list[Tensor]:
 def train(config: RunConfig) -> dict[str, Any]:
     training = start(config)
     engine, norms = training.engine, []
-    names = [name for name, _ in training.stage.named_parameters()]
+    names = [name for name, _ in training.named_parameters()]
     gradients = {}
     for step in range(NUM_STEPS):
         compute_gradients(training, batches(training, step))
@@ -83,7 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             gradients = {name: engine.whole_gradient(name) for name in names}
         norms.append(apply_gradients(training)[0])
     padding = padding_of(training)
-    used = {name: parameter.detach().clone() for name, parameter in training.stage.named_parameters()}
+    used = {name: parameter.detach().clone() for name, parameter in training.named_parameters()}
     state = sum(s.first.numel() for s in training.optimizer_states.values())
     shares = {name: bucket.shared_with is not None for name, bucket in engine.buckets.items()}
     return {

@@ -1,0 +1,89 @@
+"""The keys of the layout over processes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_lite.config.schedules import SCHEDULE_RULES, ScheduleRule
+from megatron_lite.config.section import LayerCounts, NameOrPath, OneOrMany, Section, derived
+
+Recompute = Literal["none", "selective", "full"]
+
+_USUAL = ", ".join(
+    f"{rule.usual_virtual_stages} with {name}" for name, rule in SCHEDULE_RULES.items() if rule.usual_virtual_stages
+)
+_FILE_RULE = ScheduleRule("read from a file, which says itself what it needs", virtual_stages=(1, None))
+
+
+def schedule_rule(schedule: str) -> ScheduleRule:
+    """What a schedule asks of a layout. One that comes from a file is judged when the file is read."""
+    return SCHEDULE_RULES.get(schedule, _FILE_RULE)
+
+
+class ParallelConfig(Section):
+    """The layout. It changes where numbers are computed, never which numbers."""
+
+    tp: int = Field(default=1, ge=1, description="tensor-parallel size, processes")
+    pp: int = Field(default=1, ge=1, description="number of pipeline stages, processes")
+    dp: int | None = Field(
+        default=None,
+        ge=1,
+        description="data-parallel size, processes",
+        json_schema_extra={"default": "world size / (tp * pp * cp)"},
+    )
+    cp: int = Field(default=1, ge=1, description="context-parallel size, processes; this version has 1 only")
+    sequence_parallel: bool = Field(
+        default=False,
+        description="whether norms and residuals between tensor-parallel blocks are split over tp along the sequence; "
+        "no effect at tp = 1",
+    )
+    schedule: Annotated[str, NameOrPath(tuple(SCHEDULE_RULES), ".csv")] = Field(
+        default="1f1b",
+        description="pipeline schedule, or a file with one of your own: "
+        + "; ".join(f"{name}: {rule.about}" for name, rule in SCHEDULE_RULES.items()),
+    )
+    virtual_stages: int = derived(
+        f"{_USUAL}, else the fewest that the schedule takes",
+        lambda data: schedule_rule(data["schedule"]).default_virtual_stages,
+        ge=1,
+        description="chunks of layers that each pipeline stage holds (Megatron-LM's virtual pipeline size, model "
+        "chunks); the model is cut into pp * virtual_stages chunks",
+    )
+    partition: Annotated[str, NameOrPath(("even", "cost"), ".json")] = Field(
+        default="even",
+        description="how layers are split over the chunks (DeepSpeed's partition_method) where stage_layers does not "
+        "say it; even: by number; cost: by the computed floating-point operations of layers and head; a file: by "
+        'measured seconds, {"layer": S, "embedding": S, "head": S}, layer may be a list with one entry a layer',
+    )
+    stage_layers: LayerCounts | None = Field(
+        default=None,
+        description="number of layers of each chunk, first to last, pp * virtual_stages entries; without virtual "
+        "stages a chunk is a stage",
+        json_schema_extra={"default": "as partition says"},
+    )
+    recompute: Annotated[tuple[Recompute, ...], OneOrMany] = Field(
+        default=("none",),
+        description="activations that are computed again in backward and not kept (activation checkpointing): none; "
+        "selective, the core of attention (arXiv:2205.05198); full, whole layers; one for all pipeline stages, or a "
+        "list with one for each",
+        json_schema_extra={"default": "none"},
+    )
+    recompute_layers: int = Field(
+        default=1,
+        ge=1,
+        description="full recompute: layers between two saved activations (Megatron-LM's recompute-num-layers)",
+    )
+    zero_stage: Literal[0, 1] = Field(
+        default=1, description="0: each dp rank holds the whole optimizer state; 1: each holds a 1/dp slice (ZeRO)"
+    )
+
+    @property
+    def num_chunks(self) -> int:
+        """Runs of layers into which the model is cut."""
+        return self.pp * self.virtual_stages
+
+    def recompute_of(self, stage: int) -> Recompute:
+        """What a pipeline stage (process) recomputes."""
+        return self.recompute[stage if len(self.recompute) > 1 else 0]
