@@ -44,6 +44,12 @@ class ParallelConfig(Section):
         description="pipeline schedule, or a file with one of your own: "
         + "; ".join(f"{name}: {rule.about}" for name, rule in SCHEDULE_RULES.items()),
     )
+    weight_stashing: bool = Field(
+        default=False,
+        description="PipeDream's asynchronous updates (arXiv:1806.03377): each stage changes its weights right after "
+        "the backward of a microbatch, and keeps older ones for the backwards that need them; this changes the "
+        "mathematics, and the result depends on the number of stages",
+    )
     virtual_stages: int = derived(
         f"{_USUAL}, else the fewest that the schedule takes",
         lambda data: schedule_rule(data["schedule"]).default_virtual_stages,

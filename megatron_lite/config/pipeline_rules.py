@@ -11,6 +11,9 @@ from megatron_lite.config.problems import Fix, Problem, override
 from megatron_lite.config.schedules import SCHEDULE_RULES
 from megatron_lite.config.values import Values
 
+# One chunk a rank, and backwards that are not split.
+STASHING_SCHEDULES = ("1f1b", "eager-1f1b", "gpipe")
+
 
 def _other_schedules(v: Values, chunks: int) -> Iterator[Fix]:
     """The nearest other schedule that takes this number of chunks a rank.
@@ -111,6 +114,33 @@ def saved_layers_fit(v: Values) -> Iterator[Problem]:
         yield Problem(key, every, f"must be at most model.num_layers = {layers}", "", fixes(key, [layers]))
 
 
+def stashing_needs_one_chunk(v: Values) -> Iterator[Problem]:
+    """What weight stashing asks for; the other rules are `stashing_has_no_tied_weights` and `stashing_cannot_clip`."""
+    schedule, key = v["parallel.schedule"], "parallel.schedule"
+    if v["parallel.weight_stashing"] and schedule not in STASHING_SCHEDULES:
+        rule = "has no asynchronous form, and parallel.weight_stashing is true"
+        others = (override(key, "1f1b"), *([override("parallel.virtual_stages", 1)] if _has_chunks(v) else []))
+        yield Problem(key, schedule, rule, "", (others, (override("parallel.weight_stashing", False),)))
+
+
+def _has_chunks(v: Values) -> bool:
+    return v.given("parallel.virtual_stages") and v["parallel.virtual_stages"] > 1
+
+
+def stashing_has_no_tied_weights(v: Values) -> Iterator[Problem]:
+    tied, key = v["model.tie_embeddings"], "parallel.weight_stashing"
+    if v[key] and tied and v["parallel.pp"] > 1:
+        rule = "cannot be with a table that the first and the last stage share: they change it at different times"
+        yield Problem(key, True, rule, "", fixes(key, [False]) + fixes("parallel.pp", [1]))
+
+
+def stashing_cannot_clip(v: Values) -> Iterator[Problem]:
+    clip, key = v["optim.clip_grad_norm"], "optim.clip_grad_norm"
+    if v["parallel.weight_stashing"] and clip > 0:
+        rule = "must be 0 with parallel.weight_stashing: no rank waits for the norm of the whole gradient"
+        yield Problem(key, clip, rule, "", fixes(key, [0.0]))
+
+
 RULES: tuple[Rule, ...] = (
     schedule_takes_virtual_stages,
     chunks_have_layers,
@@ -119,4 +149,7 @@ RULES: tuple[Rule, ...] = (
     recompute_is_for_each_stage,
     saved_layers_need_full_recompute,
     saved_layers_fit,
+    stashing_needs_one_chunk,
+    stashing_has_no_tied_weights,
+    stashing_cannot_clip,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +41,13 @@ class MicrobatchLike(Protocol):
     def positions(self) -> Tensor | None: ...
 
 
+class BackwardWatcher(Protocol):
+    """Who acts at the forwards and backwards of single microbatches."""
+
+    def before_forward(self, microbatch: int) -> None: ...
+    def around_backward(self, microbatch: int) -> AbstractContextManager[None]: ...
+
+
 Place = tuple[int, int]  # a chunk and a microbatch
 # Microbatches of an evaluation that run together, for each rank: the pipeline fills and drains once for each group.
 EVALUATED_PER_RANK = 4
@@ -54,7 +62,7 @@ class _Step:
     """
 
     microbatches: Sequence[MicrobatchLike]
-    loss_weight: Tensor
+    loss_weights: Tensor
     mail: Mail
     inputs: dict[Place, Tensor] = field(default_factory=dict)
     graphs: dict[Place, GradientEdge] = field(default_factory=dict)
@@ -87,10 +95,11 @@ class PipelineRunner:
         self._tokens_divide_by, self._reduce_gradients = tokens_divide_by, reduce_gradients
         self._weight_gradients = weight_gradients or {}
         self.recorder: Recorder | None = None  # while it is set, it takes down when instructions begin and end
+        self.watcher: BackwardWatcher | None = None
         self._last_chunk = placement.num_chunks - 1
         self._methods: dict[Kind, Callable[[_Step, Instruction], None]] = {
             Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD: self._backward_whole,
             Kind.BACKWARD_INPUT: self._backward_input,
             Kind.BACKWARD_WEIGHT: lambda step, one: self._weight_gradients[one.chunk].run(one.microbatch),
             Kind.REDUCE_GRADIENTS: lambda step, one: self._reduce_gradients(),
@@ -118,10 +127,11 @@ class PipelineRunner:
     def run(self, schedule: Schedule, microbatches: Sequence[MicrobatchLike], loss_weight: Tensor) -> list[Tensor]:
         """Runs the schedule over the microbatches.
 
-        loss_weight: float64 scalar by which each microbatch's sum of token losses enters the loss of the step.
+        loss_weight: float64 scalar, or one for each microbatch, by which its sum of token losses enters the loss.
         Returns the loss sums (float64 scalars) in microbatch order on the rank of the last chunk, else nothing.
         """
-        step = _Step(microbatches, loss_weight, self._mail(schedule, microbatches))
+        weights = loss_weight.expand(len(microbatches))
+        step = _Step(microbatches, weights, self._mail(schedule, microbatches))
         try:
             self._execute(schedule.lists[self.mesh.pp.index], step)
         finally:
@@ -165,6 +175,8 @@ class PipelineRunner:
     def _forward(self, step: _Step, instruction: Instruction) -> None:
         _, chunk, m = instruction
         batch, model, trains = step.microbatches[m], self.chunks[chunk], torch.is_grad_enabled()
+        if trains and self.watcher is not None:
+            self.watcher.before_forward(m)
         inputs = batch.tokens if chunk == 0 else self._activation(step, instruction)
         like = torch.empty((), dtype=self.dtype, device=self.mesh.device)
         batch_size, seq_len = batch.tokens.shape
@@ -195,10 +207,14 @@ class PipelineRunner:
             self.recorder.arrived()
         return tensor
 
+    def _backward_whole(self, step: _Step, instruction: Instruction) -> None:
+        with nullcontext() if self.watcher is None else self.watcher.around_backward(instruction.microbatch):
+            self._backward(step, instruction)
+
     def _backward(self, step: _Step, instruction: Instruction) -> None:
         _, chunk, m = instruction
         if chunk == self._last_chunk:
-            gradient = step.loss_weight
+            gradient = step.loss_weights[m]
         elif self.placement.is_local(chunk):
             gradient = step.output_gradients.pop((chunk, m))
         else:

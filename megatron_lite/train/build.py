@@ -117,7 +117,7 @@ def build(config: RunConfig, *, mesh: Mesh, weights: WeightSource | None = None)
         mesh=mesh,
         dtype=precision.compute,
         tokens_divide_by=mesh.tp.size if config.parallel.sequence_parallel else 1,
-        reduce_gradients=engine.reduce_gradients,
+        reduce_gradients=(lambda: None) if config.parallel.weight_stashing else engine.reduce_gradients,
         weight_gradients=weight_gradients,
     )
     return Training(

@@ -242,6 +242,13 @@ def _open_sinks(training: Training, meter: _Meter, position: Position) -> Abstra
         highlight=False,
         soft_wrap=True,
     )
+    if config.parallel.weight_stashing:
+        console.print(
+            "weight stashing: each stage updates its weights after every microbatch; the result depends on the number "
+            "of stages, and is not that of one process",
+            highlight=False,
+            soft_wrap=True,
+        )
     sink = ConsoleSink(config.train.num_steps, config.train.log_interval, console, position.step)
     return open_sinks(config, folder, sink, position.step)
 

@@ -13,6 +13,7 @@ from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.optim.grad_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.lr_schedule import learning_rate
 from megatron_lite.pipeline.runner import MicrobatchLike
+from megatron_lite.train.asynchronous import AsynchronousUpdates
 from megatron_lite.train.build import Training
 from megatron_lite.utils import exact
 
@@ -29,6 +30,8 @@ class StepResult:
 
 def train_step(training: Training, microbatches: Sequence[MicrobatchLike]) -> StepResult:
     """Takes one step over this rank's microbatches of a global batch."""
+    if training.config.parallel.weight_stashing:
+        return _asynchronous_step(training, microbatches)
     loss, num_target_tokens = compute_gradients(training, microbatches)
     norm, lr = apply_gradients(training)
     return StepResult(loss, norm, lr, num_target_tokens)
@@ -52,10 +55,17 @@ def apply_gradients(training: Training) -> tuple[float, float]:
 
     The gradients stay as they are: the optimizer multiplies by the factor as it reads them.
     """
-    engine, optim = training.engine, training.config.optim
+    optim = training.config.optim
     norm = gradient_norm(training)
     training.num_steps += 1
     lr = learning_rate(optim, training.num_steps, training.config.train.num_steps)
+    _update(training, lr, clip_factor(norm, optim.clip_grad_norm))
+    return norm, lr
+
+
+def _update(training: Training, lr: float, factor: float) -> None:
+    """Changes this rank's weights by its gradients times the factor."""
+    engine = training.engine
     training.before_update()
     for bucket in engine.updated_buckets():
         training.optimizer.step(
@@ -64,11 +74,37 @@ def apply_gradients(training: Training) -> tuple[float, float]:
             training.optimizer_states[bucket.layout.name],
             [(slice(run.start, run.stop), decays) for run, decays in bucket.decay_runs()],
             lr,
-            factor=clip_factor(norm, optim.clip_grad_norm),
+            factor=factor,
             parameters=bucket.rounded_region(),
         )
     engine.gather_parameters()
-    return norm, lr
+
+
+def _asynchronous_step(training: Training, microbatches: Sequence[MicrobatchLike]) -> StepResult:
+    """Updates after each microbatch, see `megatron_lite.train.asynchronous`. The norm is of the last one's gradient.
+
+    A microbatch, of all data-parallel ranks, is what a global batch is otherwise: its loss is a mean over its targets.
+    """
+    training.num_steps += 1
+    lr = learning_rate(training.config.optim, training.num_steps, training.config.train.num_steps)
+
+    def update() -> None:
+        training.engine.reduce_gradients()
+        _update(training, lr, factor=1.0)
+
+    training.runner.watcher = AsynchronousUpdates(training.engine, update)
+    try:
+        counts = [count_targets(training, [batch]) for batch in microbatches]
+        weights = torch.tensor(
+            [loss_weight(count) for count in counts], dtype=torch.float64, device=training.mesh.device
+        )
+        loss_sums = training.runner.run(training.schedule, microbatches, weights)
+    finally:
+        training.runner.watcher = None
+    num_targets = sum(counts)
+    return StepResult(
+        loss_weight(num_targets) * sum_losses(training.mesh, loss_sums), gradient_norm(training), lr, num_targets
+    )
 
 
 def evaluate(training: Training, microbatches: Sequence[MicrobatchLike]) -> tuple[float, int]:

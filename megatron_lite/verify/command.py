@@ -29,6 +29,11 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
     if without is not None:
         check_reduction(without)
     given = load_config(path, overrides)
+    if given.parallel.weight_stashing:
+        raise ValueError(
+            "parallel.weight_stashing changes the mathematics, and a proof is of what changes nothing: "
+            "prove the config with parallel.weight_stashing=false"
+        )
     config = shrink(given, dtype, layouts_asked_for(wanted))
     layouts = choose_layouts(wanted, config)
     console = Console()
