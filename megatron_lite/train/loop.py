@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import signal
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,6 +98,7 @@ def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: boo
     where the disk is full.
     """
     _on_first(mesh, lambda: prove_run(config))
+    _refuse_other_files(config, mesh)
     with contextlib.ExitStack() as stack:
         corpus = stack.enter_context(
             contextlib.closing(together(lambda: open_corpus(config, mesh), mesh.world, RunError))
@@ -111,6 +114,22 @@ def train(config: RunConfig, *, mesh: Mesh, resume: str = "auto", overwrite: boo
         position = restore(training, start.manifest)
         _on_first(mesh, lambda: _enter_folder(config, start, overwrite))
         return _train_steps(training, corpus, position)
+
+
+def _refuse_other_files(config: RunConfig, mesh: Mesh) -> None:
+    """Every rank reads the files that say how the pipeline goes: they are to be the same on every machine."""
+    named = (config.parallel.schedule, config.parallel.partition)
+    for path in (Path(name) for name in named if name.endswith((".csv", ".json"))):
+        digest = together(partial(_digest, path), mesh.world, RunError)
+        digests = collectives.gather_objects(digest, mesh.world)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            ranks = ", ".join(map(str, others[:8])) + (" and more" if len(others) > 8 else "")
+            raise RunError(f"{path}: ranks {ranks} read another file than rank 0; give every machine the same one")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _on_first(mesh: Mesh, action: Callable[[], object]) -> None:
