@@ -132,8 +132,8 @@ def test_contenders_of_every_layout_agree(tmp_path: Path) -> None:
         for quantity, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):  # fp32: only the order of sums differs
             values = [record[number][0][quantity] for record in records]
             assert max(values) - min(values) <= tolerance * values[0], (number, quantity, values)
-    # The update is seen: losses after it are not those before it.
-    assert records[0]["rounds"][0]["loss"] < records[0]["warmup"][0]["loss"] - 0.01
+    # The update is seen: losses after it are not those before it (by 0.008, where contenders differ by 1e-5).
+    assert records[0]["rounds"][0]["loss"] < records[0]["warmup"][0]["loss"] - 0.005
 
 
 def test_an_unknown_row_ends_in_one_sentence() -> None:
