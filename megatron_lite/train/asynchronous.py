@@ -2,8 +2,9 @@
 
 Each rank updates its weights right after the backward of a microbatch, without a word from the others. A forward uses
 the newest weights of its rank; the backward of the same microbatch uses the weights of that forward, which are kept
-until then. This changes the mathematics: a gradient is of weights that are up to ``pp - 1`` updates old, another number
-on each rank, so the result depends on the number of stages, on the schedule and on the microbatches.
+until then. This changes the mathematics: a gradient is of weights that are some updates old (under 1F1B up to
+``pp - 1``, another number on each rank), so the result depends on the number of stages, on the schedule and on the
+microbatches.
 
 At the end of a step the pipeline is empty, so checkpoints and evaluations see every update.
 """
