@@ -16,6 +16,10 @@ LOST_PEER_SIGNS = (
 )
 
 
+class LostPeer(RuntimeError):
+    """Another rank has ended, or does not answer. The message says who waited for what from whom."""
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone is what the user needs: an OSError, or a ValueError that is not a library's own.
 

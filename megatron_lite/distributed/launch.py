@@ -34,7 +34,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_lite.distributed.faults import is_user_error, lost_a_peer
+from megatron_lite.distributed.faults import LostPeer, is_user_error, lost_a_peer
 from megatron_lite.distributed.hosts import use_loopback
 
 EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
@@ -143,8 +143,8 @@ def run_rank(
     The code is what the function returns if that is an int, else 0; 2 for a user's error; 1 for any other. An error
     goes to the file that torchrun's agent reads (TORCHELASTIC_ERROR_FILE), if any, and to stderr: from local rank 0
     alone under torchrun, so that what every rank finds wrong is said once, and from no rank under `launch_local`,
-    which says it itself. A rank that only lost a peer says in one line what it was waiting for, and waits for the agent
-    to end it, so as not to pose as the cause.
+    which says it itself. A rank that only lost a peer says in one line what it was waiting for, if it knows, and waits for
+    the agent to end it, so as not to pose as the cause.
     """
     environ = os.environ if environ is None else environ
     is_alone = environ.get("WORLD_SIZE", "1") == "1"
@@ -152,7 +152,8 @@ def run_rank(
         result = function(*args, **(kwargs or {}))
     except Exception as error:
         if not is_alone and lost_a_peer(str(error)):
-            print(f"rank {environ.get('RANK')} lost another: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            if isinstance(error, LostPeer):
+                print(f"rank {environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             time.sleep(LOST_PEER_PATIENCE_S)
         end = _RankEnd(
             rank=int(environ.get("RANK", "0")),

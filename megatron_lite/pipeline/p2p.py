@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.collectives import Pending, Transfer
+from megatron_lite.distributed.faults import LostPeer
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.pipeline.instructions import RECEIVES, SENDS, Instruction, InstructionList, Kind, Placement
 
@@ -103,7 +104,7 @@ class Mail:
         self._start(self._next_receives(len(receives)), sends)
 
     def take(self, receive: Instruction, used_by: Instruction) -> Tensor:
-        """Waits for a tensor. Raises RuntimeError, which says who waited for what, where it does not come."""
+        """Waits for a tensor. Raises LostPeer where it does not come."""
         try:
             return self._posted.pop(receive).wait()
         except RuntimeError as error:
@@ -154,7 +155,7 @@ class Mail:
     def _peer(self, instruction: Instruction) -> int:
         return self._placement.rank_of[self._other_chunk(instruction)]
 
-    def _lost(self, what: str, instruction: Instruction, error: Exception) -> RuntimeError:
+    def _lost(self, what: str, instruction: Instruction, error: Exception) -> LostPeer:
         own, peer = self._mesh.pp.index, self._peer(instruction)
         direction = "to" if instruction.kind not in RECEIVES else "from"
-        return RuntimeError(f"pipeline rank {own} {what} {direction} pipeline rank {peer}: {error}")
+        return LostPeer(f"pipeline rank {own} {what} {direction} pipeline rank {peer}: {error}")
