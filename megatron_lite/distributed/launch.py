@@ -143,7 +143,7 @@ def run_rank(
     The code is what the function returns if that is an int, else 0; 2 for a user's error; 1 for any other. An error
     goes to the file that torchrun's agent reads (TORCHELASTIC_ERROR_FILE), if any, and to stderr: from local rank 0
     alone under torchrun, so that what every rank finds wrong is said once, and from no rank under `launch_local`,
-    which says it itself. A rank that only lost a peer says in one line what it was waiting for, if it knows, and waits for
+    which says it itself. A rank that only lost a peer says in one line what it waited for, if it knows, and waits for
     the agent to end it, so as not to pose as the cause.
     """
     environ = os.environ if environ is None else environ
