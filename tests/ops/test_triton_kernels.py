@@ -80,4 +80,4 @@ def test_integers_that_are_1_are_compiled_as_a_launch_does(tmp_path: Path) -> No
     """Negative control: a kernel that compiles, until an integer is 1 and therefore a constant."""
     (tmp_path / "control.py").write_text(CONTROL)
     with pytest.raises(AssertionError, match=r"compiled\(cases\[1\], 80\)(.|\n)*CompileTimeAssertionFailure"):
-        run_python(str(tmp_path / "control.py"), TRITON_INTERPRET="0")
+        run_python(str(tmp_path / "control.py"), TRITON_INTERPRET="0", PYTHONPATH=str(ROOT))
