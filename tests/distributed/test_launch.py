@@ -58,7 +58,8 @@ def end_badly(folder: str, failing: int, how: str) -> int:
 
 
 def pids(folder: Path) -> list[int]:
-    return [int(path.read_text()) for path in folder.glob("*.pid")]
+    written = (path.read_text() for path in folder.glob("*.pid"))
+    return [int(text) for text in written if text]  # a file is there before what is written to it
 
 
 def is_alive(pid: int) -> bool:
