@@ -139,21 +139,14 @@ def start_transfers(transfers: Sequence[Transfer]) -> list[Pending]:
     pending: dict[int, Pending] = {}
     for axis in dict.fromkeys(transfer.axis for transfer in transfers):
         group = [i for i, transfer in enumerate(transfers) if transfer.axis == axis]
+        operations = [_operation(transfers[i]) for i in group]
         if transfers[group[0]].tensor.is_cuda:
-            works: list[Any] = dist.batch_isend_irecv([_operation(transfers[i]) for i in group])
+            works: list[Any] = dist.batch_isend_irecv(operations)
             works = works if len(works) == len(group) else works * len(group)  # NCCL gives one for the whole group
         else:
-            works = [_start(transfers[i]) for i in group]
+            works = [one.op(one.tensor, one.peer, group=one.group, tag=one.tag) for one in operations]
         pending.update((i, Pending(transfers[i].tensor, work)) for i, work in zip(group, works, strict=True))
     return [pending[i] for i in range(len(transfers))]
-
-
-def _start(transfer: Transfer) -> Any:
-    assert transfer.tensor.is_contiguous()
-    rank, group = transfer.axis.ranks[transfer.peer], transfer.axis.group
-    if transfer.is_send:
-        return dist.isend(transfer.tensor, dst=rank, group=group, tag=transfer.tag)
-    return dist.irecv(transfer.tensor, src=rank, group=group, tag=transfer.tag)
 
 
 def _operation(transfer: Transfer) -> dist.P2POp:
