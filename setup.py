@@ -344,10 +344,17 @@ def triton_packages() -> list[str]:
     return ["megatron_lite._csrc", *(f"megatron_lite._csrc.{op}" for op in ops)]
 
 
+# Folders of the checkout that commands read: where they are in the package (megatron_lite/config/shipped.py).
+SHIPPED = {"megatron_lite._shipped.configs.clusters": "configs/clusters", "megatron_lite._shipped.launch": "launch"}
+
 setup(
-    packages=[*find_packages(include=["megatron_lite", "megatron_lite.*"]), *triton_packages()],
-    package_dir={"megatron_lite": "megatron_lite", "megatron_lite._csrc": "csrc"},
-    package_data={"megatron_lite": ["py.typed", "report/page.css", "report/page.js"]},
+    packages=[*find_packages(include=["megatron_lite", "megatron_lite.*"]), *triton_packages(), *SHIPPED],
+    package_dir={"megatron_lite": "megatron_lite", "megatron_lite._csrc": "csrc", **SHIPPED},
+    package_data={
+        "megatron_lite": ["py.typed", "report/page.css", "report/page.js"],
+        "megatron_lite._shipped.configs.clusters": ["*.yaml"],
+        "megatron_lite._shipped.launch": ["**/*"],
+    },
     include_package_data=False,  # what MANIFEST.in names is for the archive of sources
     ext_modules=[
         Extension(KERNELS, sources=["csrc/rms_norm/binding_cpu.cpp"], optional=True),

@@ -37,6 +37,10 @@ def _config(job: Job) -> RunConfig:
             "schedule": job.schedule,
             "virtual_stages": job.virtual_stages,
             "stage_layers": job.chunk_layers,
+            "zero_stage": job.zero_stage,
+            "gather_policy": "keep" if job.keeps_parameters else "regather" if job.zero_stage == 3 else "auto",
+            # As the peers do: from stage 2 on gradients are accumulated in slices.
+            "reduce_policy": "microbatch" if job.zero_stage >= 2 else "step",
         },
         "train": {
             "seq_len": shape.seq_len,
@@ -44,6 +48,7 @@ def _config(job: Job) -> RunConfig:
             "global_batch_size": shape.batch_size,
             "num_steps": 1000,
             "precision": job.dtype,
+            "grad_dtype": job.grad_dtype,
         },
         "optim": {
             "lr": settings.lr,
@@ -64,7 +69,7 @@ def make(job: Job) -> Built:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = _config(job)
-    mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
+    mesh = build_mesh(layout_of(config), device=torch.device("cpu"), zero_group=config.parallel.zero_group)
     weights = huggingface_weights(job.weights, parameter_table(config.model), config.model, torch.float32)
     training = build(config, mesh=mesh, weights=weights)
     per_rank = job.shape.batch_size // job.dp

@@ -44,6 +44,7 @@ def main(
         smoke=smoke,
         workload=train_step.WorkloadName.W1,
         only=train_step.Only.all,
+        without="",
         cores=2,
         timeout=600.0,
     )

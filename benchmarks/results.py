@@ -19,6 +19,8 @@ MIB = 2**20
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
 NORM_TOLERANCE = {"fp32": 5e-3, "bf16": 3e-2}
 INITIAL_LOSS_TOLERANCE = 0.05  # of ln(vocabulary), for weights of standard deviation 0.02
+# The number of target tokens, and the loss and the squared norm as exact sums (utils/exact.py), are summed over ranks.
+SCALAR_ELEMENTS = 1000
 # Of the CPU seconds of a step (and 20 ms, for the pipe and the collector): more would slow whoever is being measured.
 IDLE_CPU_TOLERANCE = 0.02
 
@@ -59,12 +61,23 @@ class Record:
         """Of the largest rank, over its whole life."""
         return max(self.rounds[-1].peak_rss_bytes) / MIB
 
+    @property
+    def volume(self) -> float:
+        """Elements that the collectives of a rank carried in a step, in parameters of the model."""
+        return median(m.traffic.elements for m in self.rounds) / self.num_parameters
+
+    @property
+    def moved_mib(self) -> float:
+        return median(m.traffic.bytes for m in self.rounds) / MIB
+
     def summary(self, workload: Workload) -> dict[str, Any]:
         return {
             "best_s": self.best_s,
             "median_s": self.median_s,
             "cpu_s": self.cpu_s,
             "peak_rss_mib": self.peak_rss_mib,
+            "moved_mib": self.moved_mib,
+            "volume_parameters": self.volume,
             "tokens_per_s": workload.tokens_per_step / self.median_s,
             "model_gflops": workload.flops_per_token * workload.tokens_per_step / self.median_s / 1e9,
         }
@@ -108,6 +121,41 @@ def disagreements(row: Row, workload: Workload, records: list[Record]) -> list[s
     return found
 
 
+def zero_volume(row: Row, workload: Workload) -> int:
+    """Elements that the collectives of ours carry in a step, by the analysis of ZeRO (Rajbhandari et al. 2020, 7).
+
+    Every unit is gathered after the update, or at stage 3 before use: once a step, or in each forward and each backward
+    (not between two uses that follow each other: those of the head, and, from one microbatch to the next, of the
+    embedding). Its gradient is reduced once a step, or from stage 2 on in each microbatch. Units (the embedding, a
+    layer, final norm and head) are padded to 256 elements a rank.
+    """
+    sizes: dict[str, int] = {}
+    for name, shape in workload.parameter_shapes().items():
+        unit = name.split(".")[2] if ".layers." in name else "embedding" if "embed_tokens" in name else "head"
+        sizes[unit] = sizes.get(unit, 0) + math.prod(shape)
+    padded = {unit: -(-size // (256 * row.dp)) * 256 * row.dp for unit, size in sizes.items()}
+    whole, each = sum(padded.values()), row.num_microbatches
+    gathered = whole
+    if row.zero_stage == 3 and not row.keeps_parameters:
+        gathered = each * (2 * whole - padded["head"]) - (each - 1) * padded["embedding"]
+    return gathered + whole * (each if row.zero_stage >= 2 else 1)
+
+
+def off_theory(row: Row, workload: Workload, records: list[Record]) -> list[str]:
+    """Where ours moves another volume than theory says; empty for rows of no ZeRO comparison."""
+    if not row.name.startswith("zero-"):
+        return []
+    expected = zero_volume(row, workload)
+    return [
+        f"{row.name}, {record.contender}: moved {step.traffic.elements} elements in a step, theory says {expected} "
+        f"and at most {SCALAR_ELEMENTS} for the loss and the norm"
+        for record in records
+        if record.contender == OURS
+        for step in record.rounds
+        if not expected <= step.traffic.elements <= expected + SCALAR_ELEMENTS
+    ]
+
+
 def spinning(record: Record) -> str | None:
     """A warning if a contender burned CPU while others were measured, else None."""
     if record.idle_cpu_s <= IDLE_CPU_TOLERANCE * record.cpu_s + 0.02:
@@ -115,11 +163,26 @@ def spinning(record: Record) -> str | None:
     return f"{record.row}, {record.contender}: burned {record.idle_cpu_s:.3f} CPU-s between its steps"
 
 
-COLUMNS = ("row", "contender", "best s", "median s", "CPU-s", "peak RSS MiB", "ours / it", "paired")
+COLUMNS = (
+    "row",
+    "contender",
+    "best s",
+    "median s",
+    "tokens/s",
+    "CPU-s",
+    "peak RSS MiB",
+    "moved MiB",
+    "moved P",
+    "ours / it",
+    "paired",
+)
 
 
-def table(records: list[Record]) -> list[tuple[str, ...]]:
-    """The rows under COLUMNS. The last two compare the time of ours with that of the contender on the line."""
+def table(records: list[Record], workload: Workload) -> list[tuple[str, ...]]:
+    """The rows under COLUMNS; moved P is in parameters of the model.
+
+    The last two compare the time of ours with that of the contender on the line.
+    """
     lines: list[tuple[str, ...]] = []
     for record in records:
         ours = next((r for r in records if r.row == record.row and r.contender == OURS), None)
@@ -127,9 +190,11 @@ def table(records: list[Record]) -> list[tuple[str, ...]]:
         if ours is not None and record is not ours:
             of_medians, paired = time_ratios(ours, record)
             ratios = (f"{of_medians:.3f}", f"{paired:.3f}")
-        times = (f"{record.best_s:.3f}", f"{record.median_s:.3f}", f"{record.cpu_s:.2f}")
+        tokens_per_s = f"{workload.tokens_per_step / record.median_s:.0f}"
+        times = (f"{record.best_s:.3f}", f"{record.median_s:.3f}", tokens_per_s, f"{record.cpu_s:.2f}")
+        moved = (f"{record.moved_mib:.1f}", f"{record.volume:.2f}")
         name = record.contender.removeprefix("peers.")
-        lines.append((record.row, name, *times, f"{record.peak_rss_mib:.0f}", *ratios))
+        lines.append((record.row, name, *times, f"{record.peak_rss_mib:.0f}", *moved, *ratios))
     return lines
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.traffic import Traffic
 from benchmarks.workloads import Job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,8 @@ class ContenderFailed(RuntimeError):
 class Measurement:
     """One step of all ranks: `wall_s` from the first start to the last end, CPU seconds summed over ranks and threads.
 
-    `idle_cpu_s` is what the ranks burned since their previous step, while others were measured.
+    `idle_cpu_s` is what the ranks burned since their previous step, while others were measured. `traffic` is that of
+    the rank whose collectives carried most.
     """
 
     wall_s: float
@@ -37,6 +39,7 @@ class Measurement:
     loss: float
     grad_norm: float
     peak_rss_bytes: list[int]
+    traffic: Traffic
 
 
 def _free_port() -> int:
@@ -136,6 +139,7 @@ class Team:
             loss=_agreed("loss", [r["loss"] for r in ranks]),
             grad_norm=_agreed("grad_norm", [r["grad_norm"] for r in ranks]),
             peak_rss_bytes=[int(r["peak_rss_bytes"]) for r in ranks],
+            traffic=max((Traffic(**r["traffic"]) for r in ranks), key=lambda traffic: traffic.elements),
         )
 
     def stop(self, grace_s: float = 10.0) -> None:

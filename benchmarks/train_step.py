@@ -32,6 +32,8 @@ from benchmarks.workloads import WORKLOADS, Optimizer, Workload, write_weights
 class WorkloadName(StrEnum):
     W1 = "W1"
     W2 = "W2"
+    of_25M = "25M"
+    of_110M = "110M"
 
 
 class Only(StrEnum):
@@ -100,9 +102,9 @@ def describe_machine(cores: int) -> dict[str, Any]:
     }
 
 
-def show(console: Console, records: list[Record]) -> None:
+def show(console: Console, records: list[Record], workload: Workload) -> None:
     """A drawn table for a person who watches, and Markdown on standard output for a document."""
-    lines = results.table(records)
+    lines = results.table(records, workload)
     if console.is_terminal:
         view = Table()
         for index, column in enumerate(results.COLUMNS):
@@ -128,20 +130,30 @@ def write_json(path: Path, workload: Workload, cores: int, records: list[Record]
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def wanted_contenders(row: Row, only: Only, without: str) -> list[str]:
+    """without: comma-separated, as the table names them."""
+    left_out = {name.strip() for name in without.split(",")}
+    return [one for one in row.contenders if only.admits(one) and one.removeprefix("peers.") not in left_out]
+
+
 def main(
     rows: Annotated[
         str,
         typer.Option(
             help="Comma-separated rows, or beginnings of rows ('tp2', 'pp2-m4'), or 'all'. "
-            f"There are: {', '.join(ROWS)}. Without it: all but dp2 and plain."
+            f"There are: {', '.join(ROWS)}. Without it: single, tp2 and pp2."
         ),
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Measured steps of each contender; medians want 7 or more.")] = 7,
     warmup: Annotated[int, typer.Option(min=1, help="Steps of each contender before the measured ones.")] = 2,
     workload: Annotated[
-        WorkloadName, typer.Option(help="W1: 32.0 M parameters. W2: 124.7 M. Both run 4096 tokens a step.")
+        WorkloadName,
+        typer.Option(help="W1: 32.0 M parameters, W2: 124.7 M, 25M, 110M. All run 4096 tokens."),
     ] = WorkloadName.W1,
     only: Annotated[Only, typer.Option(help="Measure all contenders, or the peers, or ours, alone.")] = Only.all,
+    without: Annotated[
+        str, typer.Option(help="Comma-separated contenders to leave out, as the table names them ('deepspeed').")
+    ] = "",
     cores: Annotated[int, typer.Option(min=1, help="Threads of a contender, over all of its processes.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="Write every measurement, with the summary, to this JSON file.")
@@ -170,7 +182,7 @@ def main(
     problems: list[str] = []
     try:
         chosen = select(rows)
-        wanted = {row.name: [c for c in row.contenders if only.admits(c)] for row in chosen}
+        wanted = {row.name: wanted_contenders(row, only, without) for row in chosen}
         require([contender for names in wanted.values() for contender in names])
         note = TextColumn("{task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn())
@@ -189,11 +201,11 @@ def main(
                     progress=progress,
                 )
                 records += fresh
-                problems += results.disagreements(row, shape, fresh)
+                problems += results.disagreements(row, shape, fresh) + results.off_theory(row, shape, fresh)
     except (ValueError, ContenderFailed) as error:
         console.print(str(error), style="bold red", markup=False, highlight=False)
         raise typer.Exit(1) from None
-    show(console, records)
+    show(console, records, shape)
     if out is not None:
         write_json(out, shape, cores, records, problems)
     for warning in filter(None, map(results.spinning, records)):

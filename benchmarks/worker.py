@@ -11,11 +11,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from benchmarks.contender import Built
+from benchmarks.traffic import TrafficCounter
 from benchmarks.workloads import Job, batch
 from megatron_lite.utils.memory import peak_memory_bytes
 
@@ -32,12 +34,15 @@ def main(job: Job) -> None:
 
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
+    counter = TrafficCounter()
+    counter.install()
     built: Built = importlib.import_module(f"benchmarks.{job.contender}").make(job)
     answer(num_parameters=built.num_parameters, peak_rss_bytes=peak_memory_bytes(CPU))
     cpu_after = time.process_time()
     for line in sys.stdin:
         idle_cpu = time.process_time() - cpu_after
         tokens = batch(job.shape, int(line))
+        counter.take()
         cpu, start = time.process_time(), time.monotonic()
         result = built.step(tokens)
         end, cpu_after = time.monotonic(), time.process_time()
@@ -49,6 +54,7 @@ def main(job: Job) -> None:
             loss=result.loss,
             grad_norm=result.grad_norm,
             peak_rss_bytes=peak_memory_bytes(CPU),
+            traffic=asdict(counter.take()),
         )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 Dtype = Literal["fp32", "bf16"]
+GradDtype = Literal["fp32", "param"]
 INIT_STD = 0.02
 
 
@@ -82,6 +83,13 @@ WORKLOADS = {
     "W2": Workload(
         "W2", 32000, 768, 12, 12, 4, 2048, seq_len=512, batch_size=8, chunk_layers={2: (8, 4), 4: (4, 3, 4, 1)}
     ),
+    # 25.0 M and 110.1 M parameters: W1 with fewer layers, W2 with a smaller vocabulary.
+    "25M": Workload(
+        "25M", 7168, 512, 6, 8, 4, 1408, seq_len=512, batch_size=8, chunk_layers={2: (4, 2), 4: (2, 2, 1, 1)}
+    ),
+    "110M": Workload(
+        "110M", 22528, 768, 12, 12, 4, 2048, seq_len=512, batch_size=8, chunk_layers={2: (7, 5), 4: (4, 3, 3, 2)}
+    ),
     "smoke": Workload(
         "smoke", 256, 64, 4, 4, 2, 128, seq_len=32, batch_size=8, chunk_layers={2: (2, 2), 4: (1, 1, 1, 1)}
     ),
@@ -106,6 +114,9 @@ class Job:
     `weights` is a Hugging Face folder (config.json, model.safetensors) with the weights that all contenders start
     from. A microbatch is `micro_batch_size` sequences; every data-parallel rank runs `num_microbatches` of them a
     step, and takes a contiguous slice of the global batch.
+
+    Of ZeRO: `zero_stage`; `keeps_parameters`, whether stage 3 holds what forward gathered until backward is through;
+    `grad_dtype`, in which gradients are accumulated and summed over ranks.
     """
 
     contender: str
@@ -119,6 +130,9 @@ class Job:
     dp: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
+    zero_stage: int = 1
+    keeps_parameters: bool = False
+    grad_dtype: GradDtype = "fp32"
     rank: int = 0
 
     @property

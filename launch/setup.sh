@@ -95,17 +95,27 @@ PY
 }
 
 # install NAME EXTRAS: .venv with the package, its kernels built, and the extras ("[test]", or ""). Does nothing if the
-# last install under this name had the same fingerprint.
+# last install under this name had the same fingerprint, and builds nothing if one under another name had it.
 install() {
-  local stamp=$venv/.installed-$1 extras=$2 pip wanted
+  local stamp=$venv/.installed-$1 extras=$2 pip pinned=$venv/.constraints wanted
   make_venv
   wanted=$(fingerprint)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || [ ! -e "$root/megatron_lite/ops/_native_build.json" ]; then
     say "installing into .venv"
     # Modules are compiled when they are first imported: most of torch's never are.
-    pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt)
-    # torch first: the build of the kernels uses its headers and links to it; that of the index, pybind11's headers.
+    pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --no-compile -c "$pinned")
+    # torch first: the build of the kernels uses its headers and links to it; that of the index, pybind11's headers. With
+    # CUDA it brings the one Triton that it works with, and not always the one that is pinned.
+    grep -v '^triton==' "$root/constraints.txt" >"$pinned"
+    if [ -e "$root/megatron_lite/ops/_native_build.json" ] && grep -qsx "$wanted" "$venv"/.installed-*; then
+      # The package is there already; pip brings what its extras ask for.
+      quietly "what it needs" "${pip[@]}" "megatron-lite$extras"
+      echo "$wanted" >"$stamp"
+      return
+    fi
     (cd "$root" && quietly "torch" "${pip[@]}" torch setuptools pybind11)
+    "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' ||
+      cp "$root/constraints.txt" "$pinned"
     (cd "$root" && quietly "the package, its kernels and what it needs" "${pip[@]}" --no-build-isolation -e ".$extras")
     "$venv/bin/python" - "$root" <<'PY'
 import json, pathlib, sys

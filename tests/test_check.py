@@ -40,9 +40,19 @@ def test_what_it_says() -> None:
     assert result.exit_code == 0, result.output
     shown = [line.rstrip() for line in result.output.splitlines()]
     assert " ranks                 64: pp 4 x dp 8 x tp 2" in shown
-    assert " schedule              1f1b, 16 microbatches, 324 instructions" in shown
+    assert " schedule              1f1b, 16 microbatches, 328 instructions" in shown
     assert " peak activations      4, 3, 2, 1 chunk inputs, of pp rank 0 and on" in shown
     assert any("dp 2 x tp 2, which stand for any number of replicas" in line for line in shown)
+
+
+def test_a_batch_that_grows_is_proven_at_every_size() -> None:
+    ramp = "train.batch_rampup=[32,32,1000]"
+    result = check(QUICKSTART, "--world", 64, "parallel.pp=4", "train.global_batch_size=256", ramp)
+    assert result.exit_code == 0, result.output
+    assert (
+        "1f1b, 16 microbatches, 328 instructions; and those of the 7 smaller batches of train.batch_rampup"
+        in " ".join(result.output.split())
+    )
 
 
 def test_the_smallest_world() -> None:

@@ -121,7 +121,10 @@ def test_a_killed_rank_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     finally:
         run.kill()
     assert run.returncode == 1
-    assert said.splitlines()[0].startswith("rank 1 of 2 failed: the process was killed by SIGKILL")
+    found = [
+        line for line in said.splitlines() if line.startswith("rank 1 of 2 failed: the process was killed by SIGKILL")
+    ]
+    assert len(found) == 1, said
     assert "Traceback" not in said
     wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
 

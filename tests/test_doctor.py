@@ -104,4 +104,4 @@ def test_a_library_that_does_not_load_is_to_mend(tmp_path: Path, monkeypatch: py
         for cached in (native.missing_cpu, native.missing_cuda, dispatch._select):
             cached.cache_clear()
     assert result.exit_code == 2
-    assert "to mend: the native library does not load" in result.output
+    assert "to mend: CPU kernels: the native library does not load" in result.output

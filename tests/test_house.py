@@ -23,21 +23,25 @@ FLOORS = (
     {"distributed", "ops"},
     {"models", "data"},
     {"tensor_parallel", "pipeline", "zero", "optim", "checkpoint"},
-    {"train", "verify", "inference", "report"},
+    {"train", "verify", "inference", "planner", "report"},
     {"cli", "__main__"},
 )
 # (importer, imported) on one floor, with the reason.
 SAME_FLOOR = {
     ("verify", "train"): "a proof runs the steps that training runs",
+    ("train", "planner"): "a run shows what was predicted beside what it has, and refuses to start where it cannot fit",
+    ("report", "planner"): "a page shows the memory of a run by the names of its prediction",
     ("inference", "train"): "the model that generates is the stage that training builds",
     ("__main__", "cli"): "python -m megatron_lite is the command",
 }
 # Who reads or sets the environment, and why that is at start-up.
 ENVIRONMENT = {
-    "cli/ranks.py": "the command finds out whether torchrun started it",
-    "cli/train.py": "hands the environment to rendezvous, for the size of the world",
+    "cli/ranks.py": "the command finds out whether a launcher started it",
+    "cli/train.py": "hands the environment on, for the size of the world",
+    "distributed/agent.py": "sets what torch's agent and its ranks read",
     "distributed/hosts.py": "chooses gloo's interface before the first group is made",
     "distributed/launch.py": "starts ranks, whose place is in their environment",
+    "distributed/rank.py": "reads a rank's place once, and where torchrun wants to hear of errors",
     "distributed/rendezvous.py": "reads a rank's place once",
     "distributed/worker.py": "readies a worker before torch is used",
 }
@@ -45,6 +49,7 @@ ENVIRONMENT = {
 NORMALISERS = {
     "train/step.py:loss_weight": "the one place where a sum of token losses is divided by their number",
     "models/families.py:_layer": "GPT-2 draws a projection into the residual smaller the more layers there are",
+    "optim/adafactor.py:_scales": "the root mean square of a matrix of weights",
 }
 # What the name of a count has among its words, and the rooms that compute no loss.
 COUNTS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "launch").rglob("*.sh")), *sorted((ROOT / "launch").rglob("*.sbatch")), ROOT / ".ci" / "run"]
 USER_ERROR = 2
 
 
@@ -33,6 +33,7 @@ def test_parses(script: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.cluster  # whose runs install it
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script: Path) -> None:
@@ -42,7 +43,7 @@ def test_shellcheck(script: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "mentions"),
-    [("quickstart.sh", ("--steps", "--layout", "--model", "--text")), ("test.sh", ("--matrix", "pytest"))],
+    [("quickstart.sh", ("--steps", "--layout", "--model", "--text")), ("test.sh", ("--matrix", "--cluster", "pytest"))],
 )
 def test_help_installs_nothing(script: str, mentions: tuple[str, ...], tmp_path: Path) -> None:
     copy = tmp_path / "launch"
@@ -118,6 +119,21 @@ def test_the_quickstart_ends_with_a_sample(tmp_path: Path) -> None:
         assert "--seed 1" in calls[-1]
 
 
+@pytest.mark.parametrize(("fails", "code"), [("nothing", 0), ("tests/ops", 5), ("--ignore=tests/ops", 5)])
+def test_all_tests_are_those_of_two_halves(tmp_path: Path, fails: str, code: int) -> None:
+    """Each room is in one of them, and either's failure is that of all."""
+    pretend(tmp_path)
+    shutil.copy(ROOT / "launch" / "test.sh", tmp_path / "launch")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@"\ncase " $* " in *" {fails} "*) exit 5 ;; esac\n', encoding="utf-8")
+    result = bash("launch/test.sh", cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    first, second = (line.split() for line in result.stdout.splitlines() if "pytest" in line)
+    rooms = {word.removeprefix("--ignore=") for word in first if word.startswith("--ignore=")}
+    assert rooms == {word for word in second if word.startswith("tests/")}
+    assert len(rooms) > 5 and all((ROOT / room).is_dir() for room in rooms)
+
+
 def test_the_quickstart_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a few words", encoding="utf-8")
     result = bash("launch/quickstart.sh", "--text", str(tmp_path / "note.txt"))
@@ -186,3 +202,28 @@ def test_an_install_is_repeated_for_other_gpus_and_other_compilers(tmp_path: Pat
         (tools / "nvidia-smi").chmod(0o755)
         seen.append(fingerprint(tmp_path, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}"))
     assert len(set(seen)) == len(seen) and {len(digest) for digest in seen} == {64}
+
+
+def test_what_is_built_is_not_built_again_for_more_extras(tmp_path: Path) -> None:
+    """A Python that notes what pip is asked for, and leaves the report of a build behind."""
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    report = tmp_path / "megatron_lite/ops/_native_build.json"
+    report.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\nif [ "$2" = pip ]; then\n  shift 2; echo "$@" >>{tmp_path}/calls\n'
+        f'  echo \'{{"cpu": null, "cuda": null, "index": null}}\' >{report}\n'
+        f'else\n  exec {sys.executable} "$@"\nfi\n'
+    )
+    python.chmod(0o755)
+    sourced = f". {ROOT}/launch/setup.sh; root={tmp_path} venv={tmp_path}/venv"
+    calls = []
+    for name, extras in (("quickstart", ""), ("test", "[test]"), ("test", "[test]")):
+        ended = bash("-c", f"set -euo pipefail; {sourced}; install {name} '{extras}'")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        said = (tmp_path / "calls").read_text().splitlines()
+        calls.append([line.split()[-1] for line in said[sum(map(len, calls)) :]])
+    assert calls == [["pybind11", "."], ["megatron-lite[test]"], []]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_lite.cli.common import EXIT_FAILURE, ConfigFile, Debug, Keys, Overrides, errors_told
+from megatron_lite.cli.deepspeed import DeepSpeedFile, with_deepspeed
 
 if TYPE_CHECKING:
     from megatron_lite.config.schema import RunConfig
@@ -22,6 +23,7 @@ def check(
         int | None,
         typer.Option(min=1, help="Processes that the run will have.", show_default="tp * pp * cp * dp, dp = 1 if free"),
     ] = None,
+    deepspeed: DeepSpeedFile = None,
     keys: Keys = False,
     debug: Debug = False,
 ) -> None:
@@ -47,13 +49,14 @@ def check(
 
         from megatron_lite.config import load_config
         from megatron_lite.pipeline.instructions import ScheduleError
-        from megatron_lite.pipeline.prove import prove_run
+        from megatron_lite.pipeline.prove_batches import prove_batches
         from megatron_lite.pipeline.schedules import schedule_of
 
-        run = load_config(config, overrides or [], world_size=world or _smallest_world(config, overrides or []))
+        given = with_deepspeed(config, overrides or [], deepspeed, world_size=world)
+        run = load_config(config, given, world_size=world or smallest_world(config, given))
         began = time.perf_counter()
         try:
-            proof = prove_run(run)
+            proof = prove_batches(run)
         except ScheduleError as error:
             print(f"the schedule {run.parallel.schedule} is not right: {error}", file=sys.stderr)
             raise typer.Exit(EXIT_FAILURE) from None
@@ -81,7 +84,7 @@ def _draw(run: RunConfig) -> None:
     console.print(f"{title}\n{picture}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _smallest_world(path: Path, overrides: list[str]) -> int:
+def smallest_world(path: Path, overrides: list[str]) -> int:
     """Processes of the layout that the config gives; with ``dp`` left out, one replica."""
     from megatron_lite.config import load_config
 
@@ -93,16 +96,19 @@ def _print(run: RunConfig, proof: Proof, chunk_layers: tuple[int, ...], seconds:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_lite.config.batch_rampup import batch_sizes
     from megatron_lite.pipeline.prove_programs import Semantics
 
     parallel = run.parallel
     dp, tp = proof.replicas
+    smaller = len(batch_sizes(run.train)) - 1
+    ramp = f"; and those of the {smaller:,} smaller batches of train.batch_rampup" if smaller else ""
     size = f"{proof.num_microbatches:,} microbatches, {proof.num_instructions:,} instructions"
     collectives = f"{Semantics.RENDEZVOUS.value}; dp {dp} x tp {tp}, which stand for any number of replicas"
     rows = {
         "config": "valid",
         "ranks": f"{run.world_size:,}: pp {parallel.pp} x dp {run.dp} x tp {parallel.tp}",
-        "schedule": f"{proof.schedule}, {size}",
+        "schedule": f"{proof.schedule}, {size}{ramp}",
         "layers of the chunks": ", ".join(map(str, chunk_layers)),
         "each rank's list": "everything once, in order; each tensor made once and used once",
         "messages end with": "\n".join(semantics.value for semantics in proof.semantics),

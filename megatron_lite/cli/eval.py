@@ -10,7 +10,7 @@ import typer
 
 from megatron_lite.cli.common import Debug, errors_told
 from megatron_lite.cli.generate import GenerateDevice, NumProcesses, Source, TokenizerFile
-from megatron_lite.cli.ranks import run_in_ranks, started_by_torchrun
+from megatron_lite.cli.ranks import run_in_ranks, started_by_launcher
 
 
 class EvalDtype(StrEnum):
@@ -120,7 +120,7 @@ def evaluate(
             tasks_dir=tasks_dir,
             limit=limit,
         )
-        if nproc is None and tp * pp > 1 and not started_by_torchrun():
+        if nproc is None and tp * pp > 1 and not started_by_launcher():
             nproc = tp * pp
         if nproc is not None and nproc > 0:  # what can be checked without processes is
             plan_evaluation(request, nproc)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from megatron_lite.cli.common import Debug, errors_told
-from megatron_lite.cli.ranks import run_in_ranks, started_by_torchrun
+from megatron_lite.cli.ranks import run_in_ranks, started_by_launcher
 
 
 class GenerateDtype(StrEnum):
@@ -67,7 +67,7 @@ TokenizerFile = Annotated[
 ]
 NumProcesses = Annotated[
     int | None,
-    typer.Option(help="Start this many processes on this machine.", show_default="join torchrun, or tp * pp"),
+    typer.Option(help="Start this many processes on this machine.", show_default="join a launcher, or tp * pp"),
 ]
 
 
@@ -145,7 +145,7 @@ def generate(
             pp=pp,
             device=device.value,
         )
-        if nproc is None and tp * pp > 1 and not started_by_torchrun():
+        if nproc is None and tp * pp > 1 and not started_by_launcher():
             nproc = tp * pp
     run_in_ranks("megatron_lite.inference.command", "run", (request,), nproc=nproc, debug=debug)
 
@@ -166,7 +166,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> tuple[str, ...
         return _checked(prompts, "--prompt")
     if file is not None:
         return _checked(_read_file(file), str(file))
-    if started_by_torchrun() or sys.stdin.isatty():
+    if started_by_launcher() or sys.stdin.isatty():
         raise ValueError('there is no prompt; add --prompt "TEXT" or --prompt-file FILE, or pipe a text in')
     try:
         return _checked([sys.stdin.read().removesuffix("\n")], "the text on stdin")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_lite.cli.common import EXIT_FAILURE, ConfigFile, Debug, Keys, Overrides, errors_told
+from megatron_lite.cli.deepspeed import DeepSpeedFile, with_deepspeed
 
 
 class ProofDtype(StrEnum):
@@ -23,8 +24,8 @@ def verify(
     layouts: Annotated[
         str,
         typer.Option(
-            help="'default', 'all' (tp, pp, dp, sp and ZeRO), 'pipeline' (every schedule, ZeRO stage, recompute), or "
-            "layouts such as 'tp=2,pp=2,dp=2,sp;pp=4,zb-v'."
+            help="'default', 'all' (tp, pp, dp, sp and ZeRO), 'pipeline' (every schedule, with recompute), 'zero' "
+            "(every ZeRO stage and policy), or layouts such as 'tp=2,pp=2,dp=2,sp;pp=4,zb-v;dp=4,group=2,zero=3,keep'."
         ),
     ] = "default",
     dtype: Annotated[ProofDtype, typer.Option(help="Arithmetic: bound 1e-10 or 1e-5.")] = ProofDtype.float64,
@@ -32,6 +33,7 @@ def verify(
         str | None,
         typer.Option(help="Leave out a reduction, to see the proof fail; an unknown name lists them."),
     ] = None,
+    deepspeed: DeepSpeedFile = None,
     keys: Keys = False,
     debug: Debug = False,
 ) -> None:
@@ -51,5 +53,6 @@ def verify(
     with errors_told(debug):
         from megatron_lite.verify.command import prove
 
-        if not prove(config, overrides or [], layouts, dtype.value, without):
+        given = with_deepspeed(config, overrides or [], deepspeed)
+        if not prove(config, given, layouts, dtype.value, without):
             raise typer.Exit(EXIT_FAILURE)

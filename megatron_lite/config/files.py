@@ -33,7 +33,7 @@ def tokenizer_path(path: str | os.PathLike[str]) -> Path:
 def check_values(v: Values) -> list[Problem]:
     """What is missing on disk for training. Relative paths are taken from the working directory."""
     problems: list[Problem] = []
-    for look in (_train_data, _held_out_data, _cache, _tokenizer, _checkpoint, _schedule, _layer_costs):
+    for look in (_train_data, _held_out_data, _cache, _tokenizer, _checkpoint, _schedule, _layer_costs, _offload):
         try:
             problems.extend(look(v))
         except Unreadable:
@@ -120,6 +120,13 @@ def _layer_costs(v: Values) -> Iterator[Problem]:
             read_layer_costs(path, v["model.num_layers"])
         except (ValueError, OSError) as error:
             yield Problem(key, path, str(error), "or let them be computed", ((override(key, "cost"),),))
+
+
+def _offload(v: Values) -> Iterator[Problem]:
+    folder, key = v["offload.dir"], "offload.dir"
+    if folder is not None and not Path(folder).is_dir():
+        found = "is not a folder" if Path(folder).exists() else "does not exist"
+        yield Problem(key, folder, f"must be a folder; it {found}", "make it, on a disk of each machine's own")
 
 
 def _plain_file(key: str, path: str, pattern: str, remedy: str) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -16,6 +17,7 @@ from megatron_lite.config.section import NameOrPath
 from megatron_lite.config.yaml_text import flow
 
 _TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
+_LONG_EXPONENT = 50  # of a power of two that has more digits than anybody reads
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
@@ -71,7 +73,7 @@ def describe(field: FieldInfo) -> str:
             return str(item)
     members = _members(field.annotation)
     named = [_describe_member(member) for member in members if member is not type(None)]
-    bounds = [f"{sign} {limit}" for name, sign in _BOUNDS for limit in _bounds(field, name)]
+    bounds = [f"{sign} {_bound(limit)}" for name, sign in _BOUNDS for limit in _bounds(field, name)]
     text = " or ".join(named) + (f" {' and '.join(bounds)}" if bounds else "")
     if any(getattr(item, "pattern", None) for item in field.metadata):
         text += " of letters, digits, '.', '_' and '-', starting with a letter or digit"
@@ -96,10 +98,19 @@ def _describe_member(member: Any) -> str:
             return f"list of {count} numbers"
         if get_origin(item) is Literal:
             return f"{_describe_member(item)}, or a list of these"
-        return "list of integers" if item is int else "list of paths, or one path"
+        if item is int:
+            return "list of integers" if get_args(member)[-1] is ... else f"list of {len(get_args(member))} integers"
+        return "list of paths, or one path"
     if isinstance(member, type) and issubclass(member, Section):
         return "mapping with the keys " + ", ".join(member.model_fields)
     return _TYPE_NAMES[member]
+
+
+def _bound(limit: Any) -> str:
+    """2^100 and not 1.2676506002282294e+30."""
+    fraction, exponent = math.frexp(limit)
+    is_power = fraction == 0.5 and isinstance(limit, float) and abs(exponent) > _LONG_EXPONENT
+    return f"2^{exponent - 1}" if is_power else str(limit)
 
 
 def _bounds(field: FieldInfo, name: str) -> list[Any]:
@@ -191,15 +202,18 @@ def _nearest_section(name: str) -> str:
     return next(iter(difflib.get_close_matches(name, sections, n=1, cutoff=0.6)), "")
 
 
-def nearest_value(field: FieldInfo, value: Any) -> tuple[Any, ...]:
-    """The legal value nearest to an illegal one, as a tuple of at most one; empty if nothing legal is near."""
-    for candidate in _candidates(field, value):
+def nearest_value(field: FieldInfo, value: Any, siblings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The legal value nearest to an illegal one, as a tuple of at most one; empty if nothing legal is near.
+
+    siblings: what the user gave in the same section, on which a default may depend.
+    """
+    for candidate in _candidates(field, value, siblings):
         if takes(field, candidate):
             return (candidate,)
     return ()
 
 
-def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
+def _candidates(field: FieldInfo, value: Any, siblings: Mapping[str, Any]) -> Iterator[Any]:
     yield from _readings(value)
     choices = [choice for member in _members(field.annotation) for choice in get_args(member) if choice is not ...]
     if any(get_origin(member) is Literal for member in _members(field.annotation)):
@@ -210,6 +224,10 @@ def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
     for member in _members(field.annotation):
         if get_origin(member) is tuple:
             yield from _candidate_lists(get_args(member)[0], value)
+    if isinstance(field.json_schema_extra, Mapping) and "example" in field.json_schema_extra:
+        example: Any = field.json_schema_extra["example"]
+        entries = value if isinstance(value, list) else [value]
+        yield [*entries, *example[len(entries) :]]  # too few
     if isinstance(value, int | float):
         yield from (limit for limit in _bounds(field, "ge") if value < limit)
         yield from (limit for limit in _bounds(field, "le") if value > limit)
@@ -218,6 +236,10 @@ def _candidates(field: FieldInfo, value: Any) -> Iterator[Any]:
         yield kept.strip("._-")
     if field.default_factory is None and not field.is_required():
         yield field.get_default(call_default_factory=False)
+    if isinstance(field.json_schema_extra, Mapping) and "usual" in field.json_schema_extra:
+        usual: Any = field.json_schema_extra["usual"]
+        name = siblings.get("name")
+        yield usual[name if isinstance(name, str) and name in usual else next(iter(usual))]
 
 
 def _candidate_lists(item: Any, value: Any) -> Iterator[Any]:

@@ -165,7 +165,15 @@ def _readable_chunks(v: Values) -> int | None:
 
 def _batch_divides(v: Values, dp: int) -> bool:
     batch, micro = readable(v, "train.global_batch_size"), readable(v, "train.micro_batch_size")
-    return batch is None or micro is None or batch % (micro * dp) == 0
+    return batch is None or micro is None or all(size % (micro * dp) == 0 for size in (batch, *_rampup_sizes(v)))
+
+
+def _rampup_sizes(v: Values) -> tuple[int, ...]:
+    """Start and increment of a batch that grows."""
+    try:
+        return (v["train.batch_rampup"] or ())[:2]
+    except Unreadable:
+        return ()
 
 
 def sequence_splits_over_tp(v: Values) -> Iterator[Problem]:
@@ -179,6 +187,27 @@ def sequence_splits_over_tp(v: Values) -> Iterator[Problem]:
     yield Problem("train.seq_len", seq_len, rule + "parallel.sequence_parallel", "", alternatives)
 
 
+def zero_group_divides_dp(v: Values) -> Iterator[Problem]:
+    group, dp, key = v["parallel.zero_group"], v.dp, "parallel.zero_group"
+    if group is not None and dp % group:
+        rule = f"must divide the data-parallel size, dp = {dp}: its groups hold the same slices"
+        yield Problem(key, group, rule, "", fixes(key, around(group, divisors(dp))))
+
+
+def zero_group_needs_slices(v: Values) -> Iterator[Problem]:
+    group, stage, key = v["parallel.zero_group"], v["parallel.zero_stage"], "parallel.zero_group"
+    if group is not None and stage == 0:
+        rule = "shares slices, and parallel.zero_stage = 0 has none: it has no effect but on the order of additions"
+        yield Problem(key, group, rule, "", fixes("parallel.zero_stage", [1]) + fixes(key, [None]))
+
+
+def gather_policy_needs_slices(v: Values) -> Iterator[Problem]:
+    policy, stage, key = v["parallel.gather_policy"], v["parallel.zero_stage"], "parallel.gather_policy"
+    if policy != "auto" and stage < 3:
+        rule = f"concerns parallel.zero_stage = 3: at stage {stage} parameters are always whole"
+        yield Problem(key, policy, rule, "", fixes("parallel.zero_stage", [3]) + fixes(key, ["auto"]))
+
+
 RULES: tuple[Rule, ...] = (
     tp_divides_heads,
     tp_fits_kv_heads,
@@ -186,4 +215,7 @@ RULES: tuple[Rule, ...] = (
     cp_is_one,
     world_is_filled,
     sequence_splits_over_tp,
+    zero_group_divides_dp,
+    zero_group_needs_slices,
+    gather_policy_needs_slices,
 )

@@ -58,6 +58,17 @@ def load_config(
     return config if world_size is None else _with_dp(config, values)
 
 
+def given_values(
+    path: str | Path | None, overrides: Sequence[str], *, world_size: int | None = None
+) -> tuple[Values, Mapping[str, str]]:
+    """The values of a config as far as they are valid, and where each was written (key -> ``file:line``, or the command
+    line). Raises `ConfigError` where the file cannot be read at all."""
+    source = read_source(path, overrides)
+    config, _, invalid = _validate(source)
+    values = values_of(config, world=world_size) if config else partial_values(source.tree, invalid, world=world_size)
+    return values, source.origins
+
+
 def with_world(config: RunConfig, world_size: int) -> RunConfig:
     """The config with ``parallel.dp`` filled in: world_size / (tp * pp * cp). Raises `ConfigError` if it cannot be."""
     values = values_of(config, world=world_size)
@@ -128,13 +139,14 @@ def _bad_value(key: str, tree: Mapping[str, Any]) -> Problem:
     """A value that its field does not take; an entry of a list is reported as the list."""
     key = key.partition("[")[0]
     value: Any = tree
+    siblings: Any = {}
     for part in key.split("."):
-        value = value[part]
+        value, siblings = value[part], value
     field = leaf_fields().get(key)
     if field is None:
         section: Any = RunConfig.model_fields[key].annotation
         return Problem(key, value, "must be a mapping with the keys " + ", ".join(section.model_fields))
-    fixes = tuple((override(key, legal),) for legal in nearest_value(field, value))
+    fixes = tuple((override(key, legal),) for legal in nearest_value(field, value, siblings))
     remedy = "" if fixes else field.description or ""
     return Problem(key, value, f"must be {with_article(describe(field))}", remedy, fixes)
 

@@ -81,8 +81,29 @@ class ParallelConfig(Section):
         ge=1,
         description="full recompute: layers between two saved activations (Megatron-LM's recompute-num-layers)",
     )
-    zero_stage: Literal[0, 1] = Field(
-        default=1, description="0: each dp rank holds the whole optimizer state; 1: each holds a 1/dp slice (ZeRO)"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="what the dp ranks hold a slice of, and not the whole (ZeRO, arXiv:1910.02054): 0: nothing; 1: the "
+        "optimizer's state; 2: the gradients too; 3: the parameters too",
+    )
+    zero_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="neighbouring dp ranks that share the slices (MiCS, arXiv:2205.00119; HSDP); groups hold the same, "
+        "so that parameters are gathered within a group, as a rule a node; must divide dp",
+        json_schema_extra={"default": "dp"},
+    )
+    gather_policy: Literal["auto", "regather", "keep"] = Field(
+        default="auto",
+        description="ZeRO 3: regather: a layer's parameters are whole from just before they are used until they were, "
+        "in each forward and each backward; keep: from their first use in a step to their last; auto: keep where the "
+        "predicted memory has room for it",
+    )
+    reduce_policy: Literal["step", "microbatch"] = Field(
+        default="step",
+        description="when gradients are summed over dp: step: once, after the last microbatch, until when a rank holds "
+        "its own sum whole; microbatch: after each, so that from zero_stage 2 on a rank holds slices alone, for a "
+        "reduction in each; the two add in another order, as another zero_group does",
     )
 
     @property

@@ -6,7 +6,18 @@ removes the problem. `check` runs them all. Files are looked for in `megatron_li
 
 from __future__ import annotations
 
-from megatron_lite.config import checkpoint_rules, data_rules, layout_rules, model_rules, pipeline_rules, step_rules
+from megatron_lite.config import (
+    batch_rules,
+    checkpoint_rules,
+    data_rules,
+    layout_rules,
+    model_rules,
+    offload_rules,
+    optim_rules,
+    pipeline_rules,
+    precision_rules,
+    step_rules,
+)
 from megatron_lite.config.nearest import Rule
 from megatron_lite.config.problems import Problem
 from megatron_lite.config.values import Unreadable, Values
@@ -15,7 +26,11 @@ RULES: tuple[Rule, ...] = (
     *model_rules.RULES,
     *layout_rules.RULES,
     *pipeline_rules.RULES,
+    *offload_rules.RULES,
     *step_rules.RULES,
+    *optim_rules.RULES,
+    *precision_rules.RULES,
+    *batch_rules.RULES,
     *data_rules.RULES,
     *checkpoint_rules.RULES,
 )

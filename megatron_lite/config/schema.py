@@ -18,16 +18,21 @@ from pydantic import Field, ValidationInfo, field_validator
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.kernels import KernelsConfig
+from megatron_lite.config.loss_scale import LossScaleConfig
 from megatron_lite.config.model import ModelConfig, RopeScaling
+from megatron_lite.config.offload import OffloadConfig
+from megatron_lite.config.optim import OptimConfig
 from megatron_lite.config.parallel import ParallelConfig
-from megatron_lite.config.section import Section, derived
+from megatron_lite.config.section import Rampup, Section
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "InitConfig",
     "KernelsConfig",
+    "LossScaleConfig",
     "ModelConfig",
+    "OffloadConfig",
     "OptimConfig",
     "ParallelConfig",
     "RopeScaling",
@@ -45,11 +50,28 @@ class TrainConfig(Section):
     seq_len: int = Field(ge=1, description="length of a training sequence, tokens")
     micro_batch_size: int = Field(default=1, ge=1, description="sequences in one forward pass of one dp rank")
     global_batch_size: int = Field(ge=1, description="sequences in one optimizer step, over all dp ranks")
+    batch_rampup: Rampup | None = Field(
+        default=None,
+        description="[start, increment, samples]: the global batch begins with start sequences and grows by increment "
+        "to global_batch_size, evenly over the first so many samples (arXiv:2005.14165, appendix B; Megatron-LM's "
+        "rampup-batch-size); num_steps and the learning rate still count steps",
+        json_schema_extra={"example": [8, 8, 1000]},
+    )
     num_steps: int = Field(ge=1, description="number of optimizer steps")
     seed: int = Field(default=1234, ge=0, le=2**63 - 1, description="seed of the initial weights and of the data order")
-    precision: Literal["fp32", "bf16", "fp64"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         default="fp32",
-        description="arithmetic; bf16 computes in bfloat16 with fp32 master weights and fp32 gradient accumulation",
+        description="arithmetic; bf16 and fp16 compute in 16 bits with fp32 master weights, fp16 with a loss_scale",
+    )
+    grad_dtype: Literal["fp32", "param"] = Field(
+        default="fp32",
+        description="bf16 and fp16: what gradients are added up and reduced in over dp: fp32, or the parameters' "
+        "dtype; no effect with fp32 and fp64",
+    )
+    stochastic_rounding: bool = Field(
+        default=False,
+        description="bf16 without master weights: the step rounds its result to one of the two bfloat16 next to it, "
+        "the nearer one more often, so that the mean is right (arXiv:2010.06192)",
     )
     label_smoothing: float = Field(
         default=0.0,
@@ -63,6 +85,12 @@ class TrainConfig(Section):
         ge=0,
         description="coefficient of each token's squared log-sum-exp of the logits (arXiv:2204.02311 takes 1e-4); "
         "the loss that training reports includes it, that of an evaluation does not",
+    )
+    embedding_gradient_scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="factor on the gradient of the token embedding, against spikes of the loss (GLM-130B, "
+        "arXiv:2210.02414, takes 0.1); of a table that the head shares, only the embedding's part is scaled",
     )
     eval_interval: int = Field(
         default=0, ge=0, description="optimizer steps between evaluations on data.valid; 0: only after the last step"
@@ -79,45 +107,6 @@ class TrainConfig(Section):
     )
     collective_timeout_s: float = Field(
         default=600.0, gt=0, description="longest wait for the other processes before a run is given up, seconds"
-    )
-
-
-class OptimConfig(Section):
-    """The optimizer and its learning rate over time."""
-
-    name: Literal["adamw"] = Field(
-        default="adamw", description="optimizer; AdamW with decoupled weight decay (arXiv:1711.05101)"
-    )
-    lr: float = Field(default=3e-4, gt=0, description="highest learning rate, reached at step warmup_steps")
-    min_lr: float = derived(
-        "0.1 * lr",
-        lambda data: 0.1 * data["lr"],
-        ge=0,
-        description="learning rate at the end of the decay; no effect with schedule=constant",
-    )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        default="cosine",
-        description="learning rate after warm-up: cosine or linear decay to min_lr, constant, "
-        "or wsd (constant, then a linear decay over the last decay_steps)",
-    )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="optimizer steps of warm-up; step t, from 1, uses lr * t / warmup_steps"
-    )
-    decay_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="cosine and linear: the step at which min_lr is reached, counted from 1; "
-        "wsd: how many of the last steps decay; constant: no effect",
-        json_schema_extra={"default": "train.num_steps; wsd: a fifth of it"},
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="decoupled weight decay, per unit of learning rate; not on norms and biases"
-    )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients, per step")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the mean of squared gradients")
-    clip_grad_norm: float = Field(
-        default=1.0, ge=0, description="largest 2-norm of the whole gradient; a larger one is scaled down; 0: off"
     )
 
 
@@ -145,6 +134,21 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="device to compute on; auto: cuda when there is one for each process, else cpu"
     )
+    network_interface: str | None = Field(
+        default=None,
+        min_length=1,
+        description="network interface that the processes talk over, such as eth0 or ib0",
+        json_schema_extra={"default": "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, or what gloo and NCCL choose"},
+    )
+    rendezvous_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait at the start until every process has come, seconds"
+    )
+    stop_grace_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="longest time from a signal until the step is done, its checkpoint written and the run ended, "
+        "seconds; what runs on is ended then, without a checkpoint",
+    )
     record_pipeline: int = Field(
         default=3,
         ge=0,
@@ -164,6 +168,8 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout over processes")
     train: TrainConfig = Field(description="batch, steps and arithmetic")
     optim: OptimConfig = Field(default_factory=OptimConfig, validate_default=True, description="optimizer")
+    loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig, description="factor on the loss of fp16")
+    offload: OffloadConfig = Field(default_factory=OffloadConfig, description="what leaves the device")
     data: DataConfig = Field(default_factory=DataConfig, description="token files")
     init: InitConfig = Field(default_factory=InitConfig, description="first weights")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="states of the run on disk")
@@ -192,14 +198,14 @@ class RunConfig(Section):
 
     @property
     def num_microbatches(self) -> int:
-        """Forward passes of each dp rank in one optimizer step."""
+        """Forward passes of each dp rank in one optimizer step, once the batch has its full size."""
         per_pass = self.train.micro_batch_size * self.dp
         assert self.train.global_batch_size % per_pass == 0, "rules.py lets no such batch through"
         return self.train.global_batch_size // per_pass
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens of one global batch when no document boundary masks any."""
+        """Target tokens of one global batch of full size when no document boundary masks any."""
         return self.train.global_batch_size * self.train.seq_len
 
 

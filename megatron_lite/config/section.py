@@ -29,6 +29,10 @@ OneOrMany = BeforeValidator(_one_to_tuple)
 Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_paths_to_tuple)]
 LayerCounts = Annotated[tuple[int, ...], BeforeValidator(_sequence_to_tuple)]
 Weights = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_sequence_to_tuple)]
+Rampup = Annotated[
+    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+    BeforeValidator(_sequence_to_tuple),
+]
 Fraction = Annotated[float, Field(ge=0)]
 Split = Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_sequence_to_tuple)]
 

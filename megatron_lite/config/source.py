@@ -17,6 +17,18 @@ from megatron_lite.config.yaml_text import Document, parse
 COMMAND_LINE = "command line"
 
 
+class Override(str):
+    """``key=value`` from a file beside the config. place: the key there that it is from."""
+
+    file: str
+    origin: str
+
+    def __new__(cls, text: str, file: str, place: str) -> Override:
+        found = super().__new__(cls, text)
+        found.file, found.origin = file, f"{file}: {place}"
+        return found
+
+
 @dataclass
 class Source:
     """A raw config on its way to validation.
@@ -49,13 +61,14 @@ def read_source(path: str | Path | None, overrides: Sequence[str]) -> Source:
     Raises `ConfigError` where nothing more can be said: the file is missing, unreadable or not YAML. A model file that
     is so is one problem among others.
     """
-    source = Source(name=str(path) if path is not None else COMMAND_LINE)
+    files = dict.fromkeys(text.file for text in overrides if isinstance(text, Override))
+    source = Source(name=" with ".join([str(path) if path is not None else COMMAND_LINE, *files]))
     if path is not None:
         _read_run_file(source, Path(path))
     pairs = [pair for text in overrides if (pair := _split_override(source, text)) is not None]
     # model=PATH replaces the whole section, so it goes first and model.key=value changes what it brought
-    for key, value in sorted(pairs, key=lambda pair: pair[0] != "model"):
-        _apply_override(source, key, value)
+    for key, value, origin in sorted(pairs, key=lambda pair: pair[0] != "model"):
+        _apply_override(source, key, value, origin)
     return source
 
 
@@ -148,43 +161,44 @@ def _duplicates(document: Document, path: Path, prefix: str) -> list[Problem]:
     ]
 
 
-def _split_override(source: Source, text: str) -> tuple[str, Any] | None:
+def _split_override(source: Source, text: str) -> tuple[str, Any, str] | None:
+    origin = text.origin if isinstance(text, Override) else COMMAND_LINE
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key or key.startswith("-"):
         remedy = f"write {key.lstrip('-') or 'parallel.tp'}={raw or 'value'}"
-        source.problems.append(Problem("override", text, "must be key=value", remedy, origin=COMMAND_LINE))
+        source.problems.append(Problem("override", text, "must be key=value", remedy, origin=origin))
         return None
     try:
         value = parse(raw).value
     except yaml.YAMLError as error:
         said = getattr(error, "problem", None) or str(error)
-        problem = Problem(key, raw, f"is not a YAML value: {said}", "quote it", origin=COMMAND_LINE)
+        problem = Problem(key, raw, f"is not a YAML value: {said}", "quote it", origin=origin)
         source.problems.append(problem)
         return None
     if isinstance(value, int | float) and takes_text_only(key):
         value = raw.strip()
-    return key, _text_keys(value)
+    return key, _text_keys(value), origin
 
 
-def _apply_override(source: Source, key: str, value: Any) -> None:
+def _apply_override(source: Source, key: str, value: Any, origin: str) -> None:
     parts = key.split(".")
     if key == "model" and isinstance(value, str):
-        _read_model_file(source, Path(value), origin=COMMAND_LINE)
-        source.origins["model"] = COMMAND_LINE
+        _read_model_file(source, Path(value), origin=origin)
+        source.origins["model"] = origin
         return
     if key in section_names():
         if not isinstance(value, dict):
             rule = "is a section, and takes a value only as a mapping of its keys"
             remedy = f"write {key}.KEY=value"
-            source.problems.append(Problem(key, value, rule, remedy, origin=COMMAND_LINE))
+            source.problems.append(Problem(key, value, rule, remedy, origin=origin))
             return
         for name, inner in value.items():
-            _apply_override(source, f"{key}.{name}", inner)
+            _apply_override(source, f"{key}.{name}", inner, origin)
         return
     in_mapping = len(parts) == 2 or ".".join(parts[:2]) in leaf_fields()
     if len(parts) == 1 or parts[0] not in section_names() or not in_mapping or not all(parts):
-        source.problems.append(Problem(key, value, "is not a key", suggestion(key), origin=COMMAND_LINE))
+        source.problems.append(Problem(key, value, "is not a key", suggestion(key), origin=origin))
         return
     inner = source.tree
     for part in parts[:-1]:
@@ -193,4 +207,4 @@ def _apply_override(source: Source, key: str, value: Any) -> None:
             below = inner[part] = {}
         inner = below
     inner[parts[-1]] = value
-    source.origins[key] = COMMAND_LINE
+    source.origins[key] = origin

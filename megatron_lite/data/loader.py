@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,9 @@ class BatchLoader:
     With `prefetch`, a thread reads the next global batch while this one is computed; an error in it is raised by the
     call that asks for that batch.
 
+    batch_size_at: sequences of the global batch that begins after so many samples, where that is not always
+    `global_batch_size`; evaluations take global batches of that size in any case.
+
     Raises:
         ValueError: the global batch is no multiple of micro_batch_size * dp.
     """
@@ -50,6 +53,7 @@ class BatchLoader:
         dp: int = 1,
         dp_rank: int = 0,
         prefetch: bool = False,
+        batch_size_at: Callable[[int], int] | None = None,
     ) -> None:
         assert order.num_samples == len(dataset), (order.num_samples, len(dataset))
         self.dataset = dataset
@@ -58,13 +62,14 @@ class BatchLoader:
         self.micro_batch_size = micro_batch_size
         self.dp = dp
         self.dp_rank = dp_rank
-        self._places(0)  # a batch that does not divide is refused here, not at the first step
+        self._batch_size_at = batch_size_at or (lambda consumed: global_batch_size)
+        self._places(0, global_batch_size)  # a batch that does not divide is refused here, not at the first step
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if prefetch else None
         self._next: tuple[int, Future[list[Microbatch]]] | None = None
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches that each rank computes in a step."""
+        """Microbatches that each rank computes in a step of full size."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
     def batch(self, consumed: int) -> list[Microbatch]:
@@ -82,7 +87,7 @@ class BatchLoader:
             microbatches = pending[1].result()
         else:
             microbatches = self._reader.submit(self._read, consumed).result()
-        following = consumed + self.global_batch_size
+        following = consumed + self._batch_size_at(consumed)
         self._next = (following, self._reader.submit(self._read, following))
         return microbatches
 
@@ -97,7 +102,7 @@ class BatchLoader:
         runs the same microbatches; all targets of a filler are `IGNORED_TARGET`.
         """
         for number in range(self.num_eval_batches(num)):
-            yield self._microbatches(np.array(self._places(number * self.global_batch_size)))
+            yield self._microbatches(np.array(self._places(number * self.global_batch_size, self.global_batch_size)))
 
     def close(self) -> None:
         """Stop the prefetching thread."""
@@ -107,12 +112,12 @@ class BatchLoader:
 
     def sample_ids(self, consumed: int) -> NDArray[np.int64]:
         """The samples of the global batch at `consumed` that this rank reads, int64 [microbatches, B of each]."""
-        places = self._places(consumed)
+        places = self._places(consumed, self._batch_size_at(consumed))
         ids = self.order.ids(places[0].start, places[-1].stop - places[0].start)
         return ids.reshape(len(places), self.micro_batch_size)
 
-    def _places(self, consumed: int) -> list[range]:
-        return batch_indices(consumed, self.global_batch_size, self.dp, self.dp_rank, self.micro_batch_size)
+    def _places(self, consumed: int, batch_size: int) -> list[range]:
+        return batch_indices(consumed, batch_size, self.dp, self.dp_rank, self.micro_batch_size)
 
     def _read(self, consumed: int) -> list[Microbatch]:
         return self._microbatches(self.sample_ids(consumed))

@@ -17,6 +17,7 @@ not depend on an algorithm that the library chose. An axis of size 1 costs nothi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,23 +26,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lite.distributed.faults import lost_in
 from megatron_lite.distributed.mesh import Axis
 
 
 class Pending:
-    """A collective under way. ``wait()`` returns its result."""
+    """A collective under way. ``wait()`` returns its result, or raises LostPeer where another rank does not take part.
 
-    def __init__(self, result: Tensor, work: Any = None) -> None:
-        self._result, self._work = result, work
+    what, axis: its name and over which ranks it goes, for that error.
+    """
+
+    def __init__(self, result: Tensor, work: Any = None, what: str = "", axis: Axis | None = None) -> None:
+        self._result, self._work, self._what, self._axis = result, work, what, axis
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            assert self._axis is not None
+            with waiting(self._what, self._axis):
+                self._work.wait()
             self._work = None
         return self._result
 
     def is_done(self) -> bool:
         return self._work is None or self._work.is_completed()
+
+
+class waiting:  # reads as a statement; a class, for it costs a fifth of a generator's context
+    """Around a wait for other ranks: raises LostPeer where one of them does not take part."""
+
+    __slots__ = ("_axis", "_began", "_what")
+
+    def __init__(self, what: str, axis: Axis) -> None:
+        self._what, self._axis = what, axis
+
+    def __enter__(self) -> None:
+        self._began = time.time()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            others = [rank for index, rank in enumerate(self._axis.ranks) if index != self._axis.index]
+            raised = lost_in(error, self._what, others, self._axis.name, self._began)
+            if raised is not error:
+                raise raised from error
 
 
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
@@ -53,7 +79,8 @@ def start_all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Pending:
     if axis.size == 1:
         return Pending(tensor)
     operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
-    return Pending(tensor, dist.all_reduce(tensor, op=operation, group=axis.group, async_op=True))
+    work = dist.all_reduce(tensor, op=operation, group=axis.group, async_op=True)
+    return Pending(tensor, work, f"all-reduce ({op})", axis)
 
 
 def start_all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pending:
@@ -64,7 +91,7 @@ def start_all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
         out = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
     # torch 2.13 has renamed it, and warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return Pending(out, gather(out, shard.contiguous(), group=axis.group, async_op=True))
+    return Pending(out, gather(out, shard.contiguous(), group=axis.group, async_op=True), "all-gather", axis)
 
 
 def all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Tensor:
@@ -74,7 +101,8 @@ def all_gather(shard: Tensor, axis: Axis, out: Tensor | None = None) -> Tensor:
 def broadcast(tensor: Tensor, axis: Axis, from_index: int) -> Tensor:
     """Fills ``tensor`` with that of the rank at ``from_index``, in place, and returns it. Shapes and dtypes agree."""
     if axis.size > 1:
-        dist.broadcast(tensor, src=axis.ranks[from_index], group=axis.group)
+        with waiting(f"broadcast from rank {axis.ranks[from_index]}", axis):
+            dist.broadcast(tensor, src=axis.ranks[from_index], group=axis.group)
     return tensor
 
 
@@ -96,7 +124,7 @@ def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
     assert tensor.shape[0] % axis.size == 0, f"{tuple(tensor.shape)} does not divide by {axis.size}"
     received = tensor.new_empty((axis.size, tensor.shape[0] // axis.size, *tensor.shape[1:]))
     work = dist.all_to_all_single(received.view(tensor.shape), tensor.contiguous(), group=axis.group, async_op=True)
-    return PendingSum(received, work)
+    return PendingSum(received, work, "reduce-scatter", axis)
 
 
 def reduce_scatter(tensor: Tensor, axis: Axis) -> Tensor:
@@ -108,13 +136,15 @@ def gather_objects(value: Any, axis: Axis) -> list[Any]:
     if axis.size == 1:
         return [value]
     values: list[Any] = [None] * axis.size
-    dist.all_gather_object(values, value, group=axis.group)
+    with waiting("gather of objects", axis):
+        dist.all_gather_object(values, value, group=axis.group)
     return values
 
 
 def barrier(axis: Axis) -> None:
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        with waiting("barrier", axis):
+            dist.barrier(group=axis.group)
 
 
 @dataclass(frozen=True)
@@ -145,7 +175,10 @@ def start_transfers(transfers: Sequence[Transfer]) -> list[Pending]:
             works = works if len(works) == len(group) else works * len(group)  # NCCL gives one for the whole group
         else:
             works = [one.op(one.tensor, one.peer, group=one.group, tag=one.tag) for one in operations]
-        pending.update((i, Pending(transfers[i].tensor, work)) for i, work in zip(group, works, strict=True))
+        for i, work in zip(group, works, strict=True):
+            direction = "send to" if transfers[i].is_send else "receive from"
+            what = f"{direction} rank {axis.ranks[transfers[i].peer]}"
+            pending[i] = Pending(transfers[i].tensor, work, what, axis)
     return [pending[i] for i in range(len(transfers))]
 
 

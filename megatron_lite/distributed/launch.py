@@ -6,7 +6,7 @@ Every rank calls the function with torchrun's variables in its environment, so c
 joins this one. The ranks are forked from a process that has imported torch once. Rank 0 has the terminal; the others
 write to files. Whatever ends a rank ends all of them within seconds, with one message and a nonzero exit code.
 
-`run_rank` is what each rank goes through, and what a process started by torchrun itself should go through too.
+`rank.run_rank` is what each rank goes through, and what a process that another launcher started goes through too.
 """
 
 from __future__ import annotations
@@ -15,42 +15,56 @@ import contextlib
 import dataclasses
 import errno
 import importlib
-import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import select
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_lite.distributed.faults import LostPeer, is_user_error, lost_a_peer
+from megatron_lite.distributed.environments import HERE_VARIABLE
 from megatron_lite.distributed.hosts import use_loopback
+from megatron_lite.distributed.rank import (
+    EXIT_FAILURE,
+    RankEnd,
+    describe,
+    end_of_failure,
+    exit_code_of,
+    log_path,
+    read_error_files,
+    run_rank,
+)
 
-EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
-# A rank that lost a peer waits this long before it ends, so that the agent sees first the one that went first.
-LOST_PEER_PATIENCE_S = 5.0
 PORT_REMEDY = "choose another with --port, or leave it out: a free one is taken"
-LOG_TAIL_LINES = 30
-AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+AGENT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # How long ranks may take to end after a signal, before they are killed: they finish their step and write a checkpoint.
-STOP_GRACE_S = 600
+STOP_GRACE_S = 600.0
+# And after one of them has failed: a rank that is stopped would hear of nothing.
+FAILURE_GRACE_S = 15.0
 # One press of Ctrl-C reaches the launcher and the ranks, and the launcher passes it on; some press it a few times.
 # Within this time of the first signal another one is the same wish; a later one is to end at once.
 SAME_WISH_S = 2.0
-# Set in the ranks of `launch_local`, whose errors the launching process prints.
-QUIET_VARIABLE = "MEGATRON_LITE_LAUNCHED"
 PRELOAD = ("torch.distributed.device_mesh", "torch.distributed.elastic.multiprocessing.api", __name__)
+
+
+class _Stopped(BaseException):
+    """A signal that came before the agent takes them. Not an error, which the agent's own code might handle."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 @dataclass(frozen=True)
@@ -61,18 +75,9 @@ class _Task:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     log_dir: str
+    done_dir: str
     lifeline: Connection
-
-
-@dataclass(frozen=True)
-class _RankEnd:
-    """How a rank ended. No summary: it returned a nonzero exit code by itself. No traceback: it died."""
-
-    rank: int
-    exit_code: int
-    is_user_error: bool
-    summary: str
-    traceback: str
+    stopping: Connection
 
 
 def launch_local(
@@ -84,17 +89,21 @@ def launch_local(
     port: int | None = None,
     log_dir: Path | None = None,
     preload: Sequence[str] = (),
+    grace_s: float = STOP_GRACE_S,
+    keeps_state: bool = False,
 ) -> int:
     """Call the function `target` ("module:function") in `nproc` processes of this host; returns the exit code.
 
     0: every rank returned None or 0. 2: a user's error (`faults.is_user_error`), of which only the message is printed.
-    1: anything else; printed are the rank, how it ended and its traceback or the end of its output. 130 and 143:
-    SIGINT and SIGTERM. Another int that a rank returned: that int. All ranks have ended when this returns.
+    1: anything else; printed are the rank, how it ended and its traceback or the end of its output. 128 and its number:
+    the signal that stopped the ranks; but 75 for SIGTERM and SIGUSR1 where the function `keeps_state`, so that it can
+    be called again, and no rank failed or had to be killed. Another int that a rank returned: that int. All ranks have
+    ended when this returns.
 
     `args` and `kwargs` are pickled. The agent serves the rendezvous at `port`, by default a free one. What ranks 1
     and up print goes to `log_dir`/rank<k>.log (default: nowhere, but for what a failure needs). `preload` names
-    modules to import before the ranks are forked; the first launch of a process decides them. To be called from the
-    main thread: the agent handles signals.
+    modules to import before the ranks are forked; the first launch of a process decides them. `grace_s`: how long the
+    ranks may take to end after a signal. To be called from the main thread: the agent handles signals.
 
     Raises ValueError if `nproc` is not positive or the port is out of range or in use.
     """
@@ -103,27 +112,32 @@ def launch_local(
     if port is not None:
         _check_port(port)
     use_loopback()
-    # The fork server imports torch while this process imports torch's agent, which is why that import is below.
     multiprocessing.set_forkserver_preload([*PRELOAD, *preload])
-    # Ctrl-C goes to all processes of a terminal. The fork server ends with this one, and has nothing to say about it.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
     receiver, lifeline = multiprocessing.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="megatron_lite_launch_") as scratch, receiver, lifeline:
+    stopping, stop = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="megatron_lite_launch_") as scratch, receiver, lifeline, stopping, stop:
         logs = Path(scratch, "logs") if log_dir is None else log_dir
         logs.mkdir(parents=True, exist_ok=True)
-        task = _Task(target, tuple(args), dict(kwargs or {}), str(logs), receiver)
-        with _agent_surroundings(), _no_rank_left():
-            end = _run_agent(task, nproc, port, Path(scratch, "errors"))
+        hurry, errors, done = threading.Event(), Path(scratch, "errors"), Path(scratch, "done")
+        done.mkdir()
+        task = _Task(target, tuple(args), dict(kwargs or {}), str(logs), str(done), receiver, stopping)
+        with _agent_surroundings(), _no_rank_left(grace_s, hurry, errors, stop):
+            try:
+                _start_fork_server()
+                end = _run_agent(task, nproc, port, errors, grace_s)
+            except _Stopped as stopped:
+                end = stopped.signal
+        if isinstance(end, signal.Signals) and len(list(done.iterdir())) == nproc:
+            return 0  # it came too late to stop anything
         if isinstance(end, signal.Signals):
             print(f"stopped by {end.name}; all {nproc} ranks have ended", file=sys.stderr)
-            return 128 + end.value
+            failure = next((one for one in read_error_files(errors) if one.exit_code != exit_code_of(end)), None)
+            if failure is None or hurry.is_set() or not keeps_state:
+                return exit_code_of(end) if keeps_state and not hurry.is_set() else 128 + end.value
+            end = failure
         if end is None:
             return 0
-        message = _describe(end, nproc, logs)
+        message = describe(end, nproc, logs)
         if message and log_dir is not None and nproc > 1 and not end.is_user_error:
             message += f"\nthe output of ranks 1 and up is in {log_dir}"
         if message:
@@ -131,54 +145,24 @@ def launch_local(
         return end.exit_code if end.exit_code > 0 else EXIT_FAILURE
 
 
-def run_rank(
-    function: Callable[..., Any],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    environ: Mapping[str, str] | None = None,
-) -> int:
-    """Call `function` as one rank (or as the only process) and return the exit code of this process.
+def _start_fork_server() -> None:
+    """It imports torch while this process imports torch's agent, which is why that import is not at the top.
 
-    The code is what the function returns if that is an int, else 0; 2 for a user's error; 1 for any other. An error
-    goes to the file that torchrun's agent reads (TORCHELASTIC_ERROR_FILE), if any, and to stderr: from local rank 0
-    alone under torchrun, so that what every rank finds wrong is said once, and from no rank under `launch_local`,
-    which says it itself. A rank that only lost a peer says in one line what it waited for, if it knows, and waits for
-    the agent to end it, so as not to pose as the cause.
+    A signal to the whole process group reaches it too, and it has to outlive the ranks: signals that are blocked when
+    a process is started stay so in it and in its children, which let them in again (`_rank_main`). The tracker of
+    shared resources is started first, for its start opens them here.
     """
-    environ = os.environ if environ is None else environ
-    is_alone = environ.get("WORLD_SIZE", "1") == "1"
-    try:
-        result = function(*args, **(kwargs or {}))
-    except Exception as error:
-        if not is_alone and lost_a_peer(str(error)):
-            if isinstance(error, LostPeer):
-                print(f"rank {environ.get('RANK')}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            time.sleep(LOST_PEER_PATIENCE_S)
-        end = _RankEnd(
-            rank=int(environ.get("RANK", "0")),
-            exit_code=EXIT_USER_ERROR if is_user_error(error) else EXIT_FAILURE,
-            is_user_error=is_user_error(error),
-            summary=str(error) if is_user_error(error) else f"{type(error).__name__}: {error}",
-            traceback="" if is_user_error(error) else traceback.format_exc(),
-        )
-    else:
-        code = result if isinstance(result, int) else 0
-        end = _RankEnd(
-            rank=int(environ.get("RANK", "0")), exit_code=code, is_user_error=False, summary="", traceback=""
-        )
-    if end.exit_code:
-        is_written = _write_error_file(end, environ.get("TORCHELASTIC_ERROR_FILE", ""))
-        message = _describe(end, int(environ.get("WORLD_SIZE", "1")), None)
-        is_quiet = environ.get(QUIET_VARIABLE) is not None and is_written
-        if message and environ.get("LOCAL_RANK", "0") == "0" and not is_quiet:
-            print(message, file=sys.stderr)
-    return end.exit_code
+    for start in (resource_tracker.ensure_running, multiprocessing.forkserver.ensure_running):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, AGENT_SIGNALS)
+        try:
+            start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def is_launched() -> bool:
+def is_launched_here() -> bool:
     """Whether this process is a rank of `launch_local`, whose launcher speaks for all of them."""
-    return QUIET_VARIABLE in os.environ
+    return HERE_VARIABLE in os.environ
 
 
 def _check_port(port: int) -> None:
@@ -195,9 +179,10 @@ def _check_port(port: int) -> None:
 
 @contextlib.contextmanager
 def _agent_surroundings() -> Iterator[None]:
-    """Undo what the agent does to its process: signal handlers, and a log of each failure on the console."""
+    """Ends the block by `_Stopped` where a signal comes before the agent takes them, and undoes what the agent does to
+    its process: signal handlers, and a log of each failure on the console."""
     disabled = logging.root.manager.disable
-    handlers = {number: signal.getsignal(number) for number in AGENT_SIGNALS}
+    handlers = {number: signal.signal(number, _stop) for number in AGENT_SIGNALS}
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -209,13 +194,19 @@ def _agent_surroundings() -> Iterator[None]:
             print("\x1b[?25h", end="", flush=True)  # a progress bar that was cut short leaves the cursor hidden
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(number)
+
+
 @contextlib.contextmanager
-def _no_rank_left() -> Iterator[None]:
+def _no_rank_left(grace_s: float, hurry: threading.Event, errors: Path, stop: Connection) -> Iterator[None]:
     """Sees to it that all ranks have ended when the block has, however many signals come.
 
     After the first one the agent waits for its ranks, which may be writing a checkpoint; after the third it leaves
     them. Within `SAME_WISH_S` of the first, all are one wish, and the ranks are waited for; a later one ends every rank
-    at once, also one that is stuck. A thread takes the time of signals, whatever the main thread does about them.
+    at once, also one that is stuck (`is_impatient`), and sets `hurry`, and so does the end of `grace_s`. Where a rank
+    has failed, as the files in `errors` say, the others have `FAILURE_GRACE_S`. A thread takes the time, whatever the
+    main thread does. It closes `stop` at the first signal.
     """
     others = set(multiprocessing.active_children())
 
@@ -224,11 +215,13 @@ def _no_rank_left() -> Iterator[None]:
 
     def end_at_once() -> None:
         for child in left():
+            hurry.set()
             child.kill()
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watch = threading.Thread(target=_watch_signals, args=(reader, end_at_once), name="launcher signals", daemon=True)
+    arguments = (reader, end_at_once, errors, stop)
+    watch = threading.Thread(target=_watch, args=arguments, name="launcher signals", daemon=True)
     watch.start()
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
@@ -236,7 +229,7 @@ def _no_rank_left() -> Iterator[None]:
     finally:
         for number in AGENT_SIGNALS:
             signal.signal(number, _leave_to_thread)
-        deadline = time.monotonic() + STOP_GRACE_S
+        deadline = time.monotonic() + grace_s
         for child in left():
             child.terminate()  # the agent may have been too late to tell it; for others it is the same wish
         for child in left():
@@ -248,18 +241,33 @@ def _no_rank_left() -> Iterator[None]:
         os.close(reader)
 
 
-def _watch_signals(reader: int, end_at_once: Callable[[], None]) -> None:
-    first = None
-    while numbers := os.read(reader, 64):
-        wishes = [number for number in numbers if number in AGENT_SIGNALS]
-        if not wishes:
+def _watch(reader: int, end_at_once: Callable[[], None], errors: Path, stop: Connection) -> None:
+    first, since, failed = 0, 0.0, 0.0
+    while True:
+        if not select.select([reader], [], [], 1.0)[0]:
+            if not first and not failed and read_error_files(errors):
+                failed = time.monotonic()
+            if failed and time.monotonic() - failed > FAILURE_GRACE_S:
+                end_at_once()
             continue
-        now = time.monotonic()
-        if first is None:
-            first = now
-            say_stopping(wishes[0])
-        if now - first > SAME_WISH_S:
-            end_at_once()
+        numbers = os.read(reader, 64)
+        if not numbers:
+            return
+        for number in (number for number in numbers if number in AGENT_SIGNALS):
+            if not first:
+                first, since = number, time.monotonic()
+                say_stopping(number)
+                stop.close()
+            elif is_impatient(number, first, time.monotonic() - since):
+                end_at_once()
+
+
+def is_impatient(number: int, first: int, seconds: float) -> bool:
+    """Whether a signal that came some seconds after the first asks to end at once, and not just once more.
+
+    Schedulers send SIGTERM after SIGUSR1, and again, while a checkpoint may still be written.
+    """
+    return seconds > SAME_WISH_S and number != signal.SIGUSR1 and (number != signal.SIGTERM or first == number)
 
 
 def say_stopping(number: int) -> None:
@@ -272,18 +280,21 @@ def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _run_agent(task: _Task, nproc: int, port: int | None, error_dir: Path) -> _RankEnd | signal.Signals | None:
+def _run_agent(
+    task: _Task, nproc: int, port: int | None, error_dir: Path, grace_s: float
+) -> RankEnd | signal.Signals | None:
     """Run the ranks to their end: None if all is well, the signal that stopped this process, or how a rank failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Not every torch has the field; it then waits for 30 seconds.
-    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
-    grace: dict[str, Any] = {"shutdown_timeout": STOP_GRACE_S} if "shutdown_timeout" in fields else {}
+    handled = ",".join(number.name for number in AGENT_SIGNALS)
+    wanted: dict[str, Any] = {"shutdown_timeout": max(1, round(grace_s)), "signals_to_handle": handled}
+    # Not every torch has the first field; it then waits for 30 seconds.
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
     config = LaunchConfig(
-        **grace,
+        **{name: value for name, value in wanted.items() if name in known},
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
@@ -300,19 +311,11 @@ def _run_agent(task: _Task, nproc: int, port: int | None, error_dir: Path) -> _R
     try:
         elastic_launch(config, _rank_main)(task)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        report = failure.error_file_data.get("megatron_lite")
-        if report is not None:
-            return _RankEnd(**report)
-        return _RankEnd(
-            rank, failure.exitcode, is_user_error=False, summary=_how_it_ended(failure.exitcode), traceback=""
-        )
+        return end_of_failure(*error.get_first_failure())
     except RendezvousConnectionError as error:  # the port was free when it was checked
         raise ValueError(f"port {port} cannot be used ({error.__cause__}); {PORT_REMEDY}") from error
     except SignalException as error:
         return error.sigval
-    except KeyboardInterrupt:
-        return signal.SIGINT
     return None
 
 
@@ -320,11 +323,12 @@ def _rank_main(task: _Task) -> None:
     """The life of a rank, from its fork to its end. A failure leaves at once, whatever threads still run."""
     # The default action works even while the process waits inside a collective, where no Python handler would run.
     # A function that has something to keep takes the signals over while it does (`megatron_lite.train.stop`).
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in AGENT_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, AGENT_SIGNALS)
     threading.Thread(target=_end_with_agent, args=(task.lifeline,), daemon=True).start()
     rank = int(os.environ["RANK"])
-    os.environ[QUIET_VARIABLE] = "1"
+    os.environ[HERE_VARIABLE] = "1"
     if rank > 0:
         output = os.open(log_path(Path(task.log_dir), rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
@@ -335,6 +339,8 @@ def _rank_main(task: _Task) -> None:
     sys.stderr.flush()
     if exit_code:
         os._exit(exit_code)
+    Path(task.done_dir, str(rank)).touch()
+    threading.Thread(target=_end_when_stopping, args=(task.stopping,), daemon=True).start()
 
 
 def _call(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -342,56 +348,16 @@ def _call(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
+def _end_when_stopping(stopping: Connection) -> None:
+    """Ends this process, which is done, when the launcher is stopping: the agent then waits for it. Else it is this one
+    that waits for the agent."""
+    with contextlib.suppress(EOFError, OSError):
+        stopping.recv_bytes()
+    os._exit(0)
+
+
 def _end_with_agent(lifeline: Connection) -> None:
     """End this process when the agent's end of the pipe closes: the agent is gone, even if it was killed."""
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv_bytes()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def log_path(log_dir: Path, rank: int) -> Path:
-    """Where the output of a rank other than 0 goes."""
-    return log_dir / f"rank{rank}.log"
-
-
-def _write_error_file(end: _RankEnd, path: str) -> bool:
-    """In the form that torchrun's agent reads and prints, with our own account beside it. Returns whether it is there.
-
-    Whole or not at all, for the full disk that ends a run may be the one that takes this file: half of one would be
-    what the agent fails on.
-    """
-    if not path:
-        return False
-    extra = {"py_callstack": end.traceback or end.summary, "timestamp": str(int(time.time()))}
-    content = json.dumps({"message": {"message": end.summary, "extraInfo": extra}, "megatron_lite": asdict(end)})
-    partial = Path(f"{path}.partial")
-    try:
-        partial.write_text(content)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        return False
-    return True
-
-
-def _how_it_ended(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"the process ended with exit status {exit_code}"
-    name = signal.Signals(-exit_code).name
-    hint = " (the system may be out of memory)" if name == "SIGKILL" else ""
-    return f"the process was killed by {name}{hint}"
-
-
-def _describe(end: _RankEnd, world_size: int, logs: Path | None) -> str:
-    """What to tell the user of the rank that ended the run; empty if it chose its exit code itself."""
-    if end.is_user_error:
-        return f"error: {end.summary}"
-    if not end.summary:
-        return ""
-    lines = [f"rank {end.rank} of {world_size} failed: {end.summary}" if world_size > 1 else f"error: {end.summary}"]
-    if end.traceback:
-        lines.append(end.traceback.rstrip())
-    elif logs is not None and log_path(logs, end.rank).exists():
-        lines += log_path(logs, end.rank).read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join(lines)

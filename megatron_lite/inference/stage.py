@@ -76,7 +76,7 @@ def load_stage(
         source.model,
         kernels or KernelsConfig(),
         mesh=mesh,
-        precision=Precision(compute=dtype, master=dtype),
+        precision=Precision(compute=dtype, master=dtype, gradients=dtype),
         chunk_layers=even_stages(source.model.num_layers, mesh.pp.size),
         chunk=mesh.pp.index,
         sequence_parallel=False,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A vocabulary shard is a multiple of this many rows: 16 bytes of bf16, what a tensor core wants of a dimension.
 VOCABULARY_MULTIPLE = 8
@@ -139,7 +140,7 @@ class ParameterSpec:
 
 # Where values come from: (spec, tp size, tp index) -> that rank's shard, on the CPU, in the shape of `spec.shard`.
 # A tied parameter has to get the values of the one that it is tied to.
-WeightSource = Callable[[ParameterSpec, int, int], Tensor]
+WeightSource = Callable[[ParameterSpec, int, int], "Tensor"]
 
 
 def padded_vocabulary_rows(vocabulary: int, tp: int) -> int:
@@ -174,6 +175,8 @@ class ParameterTable:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and every bit; 0 and -0 differ, and a NaN equals itself."""
+    import torch
+
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
@@ -185,7 +188,7 @@ def assemble(spec: ParameterSpec, shards: list[Tensor]) -> Tensor:
     Raises ValueError if ranks that hold the same rows differ in any bit.
     """
     tp, dim = len(shards), spec.shard_dim or 0
-    whole = torch.empty(spec.shape, dtype=shards[0].dtype)
+    whole = shards[0].new_empty(spec.shape)
     written: dict[int, int] = {}
     for index, local in enumerate(shards):
         for piece in spec.shard(tp, index).pieces:

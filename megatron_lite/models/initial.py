@@ -10,6 +10,8 @@ from torch import Tensor
 from megatron_lite.models.identity import ParameterSpec
 from megatron_lite.utils.random import standard_normal
 
+ELEMENTS_AT_ONCE = 1 << 20  # drawn in float64, and there a few times for a moment
+
 
 def initial_shard(spec: ParameterSpec, seed: int, tp: int, index: int, dtype: torch.dtype) -> Tensor:
     """A tensor-parallel rank's shard of the initial value, on the CPU in ``dtype``.
@@ -26,9 +28,15 @@ def initial_shard(spec: ParameterSpec, seed: int, tp: int, index: int, dtype: to
         if spec.shard_dim == 1:
             _fill_columns(local, spec, name, seed, piece.start, piece.stop)
         else:
-            target = local.narrow(0, piece.local, piece.size)
-            target.copy_(_rows(spec, name, seed, piece.start, piece.stop))
+            _fill_rows(local.narrow(0, piece.local, piece.size), spec, name, seed, piece.start)
     return local
+
+
+def _fill_rows(target: Tensor, spec: ParameterSpec, name: str, seed: int, start: int) -> None:
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // math.prod(spec.shape[1:]))
+    for first in range(0, len(target), rows_at_once):
+        last = min(first + rows_at_once, len(target))
+        target[first:last] = _rows(spec, name, seed, start + first, start + last)
 
 
 def _rows(spec: ParameterSpec, name: str, seed: int, start: int, stop: int) -> Tensor:
@@ -38,7 +46,7 @@ def _rows(spec: ParameterSpec, name: str, seed: int, start: int, stop: int) -> T
 
 
 def _fill_columns(local: Tensor, spec: ParameterSpec, name: str, seed: int, start: int, stop: int) -> None:
-    rows_at_once = max(1, (1 << 24) // spec.shape[1])
+    rows_at_once = max(1, ELEMENTS_AT_ONCE // spec.shape[1])
     for first in range(0, spec.shape[0], rows_at_once):
         last = min(first + rows_at_once, spec.shape[0])
         local[first:last] = _rows(spec, name, seed, first, last)[:, start:stop]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_lite.config.schema import KernelsConfig, ModelConfig
 from megatron_lite.models.cache import KVCache, Past
 from megatron_lite.models.families import FAMILIES, Family
+from megatron_lite.models.gradient_scale import scale_gradient
 from megatron_lite.models.positions import rotary_angles
 from megatron_lite.models.recompute import Recompute, recomputed
 from megatron_lite.ops.attention import attention, document_bounds
@@ -100,16 +101,20 @@ class Embedding(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """Token ids ``[B, S]`` to activations ``[T, H]``, with learned positions added where the family has them."""
+    """Token ids ``[B, S]`` to activations ``[T, H]``, with learned positions added where the family has them.
+
+    gradient_scale: factor on the gradient of the token table, not on that of the positions.
+    """
 
     def __init__(self, config: ModelConfig, family: Family) -> None:
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.gradient_scale = 1.0
         learned = family.positions == "learned"
         self.positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
 
     def forward(self, token_ids_BS: Tensor, sequences: Sequences) -> Tensor:
-        x_TH: Tensor = self.tokens(token_ids_BS.flatten())
+        x_TH = scale_gradient(self.tokens(token_ids_BS.flatten()), self.gradient_scale)
         if self.positions is not None:
             x_TH = x_TH + self.positions(sequences.positions.expand_as(token_ids_BS).flatten())
         return x_TH

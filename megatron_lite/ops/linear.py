@@ -100,6 +100,10 @@ class WeightGradients:
             following = _start_first(products)
             product.finish()
 
+    def forget(self) -> None:
+        """Frees what is owed, of a step that broke off."""
+        self._owed.clear()
+
 
 def save_first(x: Tensor, weight: Tensor) -> Tensor:
     """``x``, saved for backward together with ``weight`` before the product of both is computed, and not after it.

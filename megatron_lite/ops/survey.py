@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
+import subprocess
 
 import torch
 
@@ -16,6 +18,9 @@ def environment() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, {_torch_cuda()}",
+        "NCCL": _nccl(),
+        "C++ compiler": _compiler("c++", "g++", "clang++"),
+        "CUDA compiler": _compiler("nvcc"),
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "CPU kernels": cpu or f"{_built('cpu_sets')}; they run with {native.instruction_set()}{_left_out()}",
         "CUDA C++ kernels": native.missing_cuda() or _built("cuda_archs"),
@@ -24,6 +29,12 @@ def environment() -> dict[str, str]:
         "data index": native.build_report().get("index") or "built",
         "GPU": _gpus(),
     }
+
+
+def lacking() -> dict[str, str]:
+    """Of what every run uses, what is not there: name -> why, and what to do."""
+    missing = {"CPU kernels": native.missing_cpu(), "data index": native.build_report().get("index")}
+    return {name: why for name, why in missing.items() if why}
 
 
 def defects() -> list[str]:
@@ -49,6 +60,24 @@ def _left_out() -> str:
 
 def _torch_cuda() -> str:
     return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+
+
+def _nccl() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else "not in this torch"
+
+
+def _compiler(*names: str) -> str:
+    """The first of the commands that is there, with the line in which it names itself."""
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        return "none, which only building the kernels needs"
+    try:
+        said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    lines = [line for line in said.splitlines() if any(letter.isdigit() for letter in line)]
+    release = next((line for line in lines if "release" in line), lines[0] if lines else "does not say its version")
+    return f"{found}, {release}"
 
 
 def _gpus() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from megatron_lite.ops.block_squares import BLOCK, block_squares
@@ -14,7 +15,8 @@ def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Te
     """Exact sum, as limbs (see ``utils/exact.py``), of float64 sums of squares over blocks of 256 elements.
 
     gradient: flat, any float dtype, a multiple of 256 elements long, cut at multiples of 256 from whatever it is a
-    slice of. uncounted: elements ``[start, stop)`` to leave out.
+    slice of. uncounted: elements ``[start, stop)`` to leave out, but for what is no number among them: the sum of all
+    ranks is to be NaN wherever there is one, also in a copy that another rank counts.
     """
     sums = block_squares(gradient)
     skipped = list(uncounted)
@@ -23,7 +25,8 @@ def sum_of_squares(gradient: Tensor, uncounted: Iterable[tuple[int, int]]) -> Te
         counted = gradient[first * BLOCK : last * BLOCK].clone()
         for begin, end in skipped:
             counted[max(begin - first * BLOCK, 0) : max(end - first * BLOCK, 0)] = 0
-        sums[first:last] = block_squares(counted)
+        whole = sums[first:last]
+        sums[first:last] = torch.where(whole.isfinite(), block_squares(counted), whole)
     return exact_sum(sums)
 
 

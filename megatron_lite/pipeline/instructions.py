@@ -28,10 +28,17 @@ class Kind(Enum):
     RECEIVE_ACTIVATION = "receive activation"  # the input of `chunk`, from the holder of the one before
     SEND_GRADIENT = "send gradient"  # of the input of `chunk`, to the holder of the chunk before
     RECEIVE_GRADIENT = "receive gradient"  # of the output of `chunk`, from the holder of the next one
-    REDUCE_GRADIENTS = "reduce gradients"  # over the other axes of the mesh, and between the uses of a tied table
+    GATHER_PARAMETERS = "gather parameters"  # of `chunk`, which is used next; without a microbatch: for the whole step
+    RELEASE_PARAMETERS = "release parameters"  # those that were gathered
+    START_REDUCTION = (
+        "start reduction"  # of what gradients `chunk` has after `microbatch`, over the data-parallel ranks
+    )
+    REDUCE_GRADIENTS = "reduce gradients"  # to the end, over the other axes of the mesh, and between the uses of a tie
 
 
 COMPUTES = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+USES_PARAMETERS = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT})
+ZERO_STEPS = frozenset({Kind.GATHER_PARAMETERS, Kind.RELEASE_PARAMETERS, Kind.START_REDUCTION})
 SENDS = frozenset({Kind.SEND_ACTIVATION, Kind.SEND_GRADIENT})
 RECEIVES = frozenset({Kind.RECEIVE_ACTIVATION, Kind.RECEIVE_GRADIENT})
 
@@ -44,8 +51,10 @@ class Instruction(NamedTuple):
     microbatch: int = -1
 
     def __str__(self) -> str:
-        if self.microbatch < 0:
+        if self.chunk < 0:
             return self.kind.value
+        if self.microbatch < 0:
+            return f"{self.kind.value} of chunk {self.chunk}"
         return f"{self.kind.value} of chunk {self.chunk}, microbatch {self.microbatch}"
 
 

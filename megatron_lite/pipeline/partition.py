@@ -1,21 +1,22 @@
-"""Which layers go to which chunk, and the cut of the model."""
+"""Which layers go to which chunk, and the cut of the model. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from megatron_lite.config.layer_costs import LayerCosts, read_layer_costs
 from megatron_lite.config.layout_rules import even_stages
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.schema import ModelConfig
 from megatron_lite.models.flops import head_flops_per_token, layer_flops_per_token
-from megatron_lite.models.transformer import Transformer
 from megatron_lite.pipeline.balance import split_layers
 from megatron_lite.pipeline.instructions import COMPUTES, Placement
 from megatron_lite.pipeline.timeline import Timeline
+
+if TYPE_CHECKING:
+    from megatron_lite.models.transformer import Transformer
 
 
 def chunk_layers_of(
@@ -108,7 +109,8 @@ def cut_chunk(model: Transformer, layers: range, chunk: int, num_chunks: int) ->
 
     layers: the global indices of those of this chunk.
     """
-    model.layers = nn.ModuleDict({name: layer for name, layer in model.layers.items() if int(name) in layers})
+    for name in [name for name in model.layers if int(name) not in layers]:
+        del model.layers[name]
     if chunk > 0:
         model.embedding = None
     if chunk < num_chunks - 1:

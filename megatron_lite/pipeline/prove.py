@@ -26,7 +26,11 @@ from megatron_lite.pipeline.prove_programs import (
 from megatron_lite.pipeline.schedules import schedule_of
 
 # The collectives that an instruction holds, in their order. An instruction of ZeRO is a line here.
-_AXES: dict[Kind, tuple[str, ...]] = dict.fromkeys(COMPUTES, ("tp",)) | {Kind.REDUCE_GRADIENTS: ("dp", "pp")}
+_AXES: dict[Kind, tuple[str, ...]] = dict.fromkeys(COMPUTES, ("tp",)) | {
+    Kind.GATHER_PARAMETERS: ("dp",),
+    Kind.START_REDUCTION: ("tp", "dp"),
+    Kind.REDUCE_GRADIENTS: ("dp", "pp"),
+}
 _MOST_REPLICAS = 2
 
 

@@ -9,10 +9,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 
-from megatron_lite.pipeline.instructions import Instruction, InstructionList, Kind, Placement, Schedule, ScheduleError
+from megatron_lite.pipeline.instructions import (
+    USES_PARAMETERS,
+    ZERO_STEPS,
+    Instruction,
+    InstructionList,
+    Kind,
+    Placement,
+    Schedule,
+    ScheduleError,
+)
 
 _ABSENT = -1
 _HALVES = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+_NO_ROWS = ZERO_STEPS | {Kind.BACKWARD, Kind.REDUCE_GRADIENTS}
 Row = list[int]
 
 
@@ -22,6 +32,9 @@ def check_lists(schedule: Schedule, *, trains: bool = True) -> None:
     On every rank: each chunk's forwards, and backwards or both their halves, once for each microbatch and in microbatch
     order; each tensor received, or made on the same rank, before its use, and sent after it is made; a half for the
     weights after its half for the input; nothing else. REDUCE_GRADIENTS once, after the last gradient of a weight.
+    Where parameters are gathered: each use of a chunk between GATHER_PARAMETERS and RELEASE_PARAMETERS of it, for the
+    same microbatch or for the step. START_REDUCTION of a chunk never, once, or once a microbatch: when the gradients
+    that it sums are there.
     trains: False for the forwards of an evaluation alone.
     """
     placement = schedule.placement
@@ -59,8 +72,9 @@ class _RankList:
         self._rows: dict[Kind, dict[int, Row]] = {
             kind: {chunk: [_ABSENT] * num_microbatches for chunk in self._chunks}
             for kind in Kind
-            if kind not in (Kind.BACKWARD, Kind.REDUCE_GRADIENTS)
+            if kind not in _NO_ROWS
         }
+        self._zero_steps: list[int] = []
         self._reduces: list[int] = []
         for position, instruction in enumerate(instructions):
             kind, chunk, microbatch = instruction
@@ -70,8 +84,14 @@ class _RankList:
             if chunk not in self._chunks:
                 holder = f"on rank {placement.rank_of[chunk]}" if 0 <= chunk < placement.num_chunks else "on no rank"
                 raise ScheduleError(f'"{instruction}" cannot run there: chunk {chunk} is {holder}')
+            if kind in ZERO_STEPS:
+                self._zero_steps.append(position)
+                if microbatch == -1 and kind is not Kind.START_REDUCTION:
+                    continue
             if not 0 <= microbatch < num_microbatches:
                 raise ScheduleError(f'"{instruction}": the step has microbatches 0 to {num_microbatches - 1}')
+            if kind in ZERO_STEPS:
+                continue
             for half in _HALVES if kind is Kind.BACKWARD else (kind,):
                 row = self._rows[half][chunk]
                 if row[microbatch] != _ABSENT:
@@ -101,6 +121,8 @@ class _RankList:
                         "pipeline"
                     )
         self._check_reduction(trains)
+        self._check_gathering()
+        self._check_sums()
 
     def _needed(self, chunk: int, trains: bool) -> Iterator[tuple[Kind, tuple[tuple[Kind, int], ...]]]:
         """The kinds that a chunk needs for every microbatch, each with what has to stand after it."""
@@ -161,3 +183,47 @@ class _RankList:
         last = max((max(row, default=_ABSENT) for row in self._rows[Kind.BACKWARD_WEIGHT].values()), default=_ABSENT)
         if self._reduces[0] < last:
             raise ScheduleError(f'"{reduce}" stands before "{self._list[last]}"')
+
+    def _check_gathering(self) -> None:
+        """Every use of a chunk lies in a window of its own kind, or no chunk is ever gathered."""
+        if not any(self._list[place].kind is not Kind.START_REDUCTION for place in self._zero_steps):
+            return
+        open_windows: dict[int, Instruction] = {}
+        for instruction in self._list:
+            kind, chunk, microbatch = instruction
+            window = open_windows.get(chunk)
+            if kind is Kind.GATHER_PARAMETERS:
+                if window is not None:
+                    raise ScheduleError(f'"{instruction}" stands before what "{window}" gathered is released')
+                open_windows[chunk] = instruction
+            elif kind is Kind.RELEASE_PARAMETERS:
+                if window is None or window.microbatch != microbatch:
+                    raise ScheduleError(f'"{instruction}" stands there, and nothing is gathered for it')
+                del open_windows[chunk]
+            elif kind in USES_PARAMETERS and (window is None or window.microbatch not in (-1, microbatch)):
+                raise ScheduleError(f'"{instruction}" stands where the parameters of chunk {chunk} are not gathered')
+        for window in open_windows.values():
+            raise ScheduleError(f'what "{window}" gathered is never released')
+
+    def _check_sums(self) -> None:
+        """Of each chunk: no START_REDUCTION, one after its last gradient, or one after each microbatch's."""
+        found: dict[int, dict[int, int]] = {chunk: {} for chunk in self._chunks}
+        for place in self._zero_steps:
+            kind, chunk, microbatch = self._list[place]
+            if kind is Kind.START_REDUCTION:
+                if microbatch in found[chunk]:
+                    raise ScheduleError(f'"{self._list[place]}" stands there twice')
+                found[chunk][microbatch] = place
+        if len({min(len(sums), 2) for sums in found.values()}) > 1:
+            raise ScheduleError("the gradients of some chunks are summed in other steps than those of others")
+        for chunk, sums in found.items():
+            made = self._rows[Kind.BACKWARD_WEIGHT][chunk]
+            if len(sums) not in (0, 1, self._num_microbatches):
+                missing = next(m for m in range(self._num_microbatches) if m not in sums)
+                raise ScheduleError(f'"{Instruction(Kind.START_REDUCTION, chunk, missing)}" is missing')
+            for microbatch, place in sums.items():
+                last = max(made) if len(sums) == 1 else made[microbatch]
+                if place < last:
+                    raise ScheduleError(f'"{self._list[place]}" stands before "{self._list[last]}"')
+                if self._reduces and place > self._reduces[0]:
+                    raise ScheduleError(f'"{self._list[self._reduces[0]]}" stands before "{self._list[place]}"')

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,6 +26,7 @@ from megatron_lite.pipeline.instructions import (
 from megatron_lite.pipeline.p2p import Mail
 from megatron_lite.pipeline.schedules import forward_only
 from megatron_lite.pipeline.timeline import Recorder
+from megatron_lite.pipeline.zero_steps import ZeroSteps, with_zero
 
 
 class MicrobatchLike(Protocol):
@@ -46,6 +47,34 @@ class BackwardWatcher(Protocol):
 
     def before_forward(self, microbatch: int) -> None: ...
     def around_backward(self, microbatch: int) -> AbstractContextManager[None]: ...
+
+
+class ParameterMemory(Protocol):
+    """Who makes parameters whole before they are used, and sums gradients over ranks: `megatron_lite.zero.engine`."""
+
+    def running(self, run: Hashable) -> AbstractContextManager[None]: ...
+    def open_chunk(self, chunk: int, *, keep: bool) -> None: ...
+    def close_chunk(self, chunk: int) -> None: ...
+    def backward(
+        self, chunk: int, microbatch: int, *, is_weight_half: bool, starts_sums: bool
+    ) -> AbstractContextManager[None]: ...
+    def start_reduction(self, chunk: int, microbatch: int) -> None: ...
+
+
+class Resident:
+    """Parameters that are always whole, and gradients that nobody sums before the end of a step."""
+
+    def running(self, run: Hashable) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def open_chunk(self, chunk: int, *, keep: bool) -> None: ...
+    def close_chunk(self, chunk: int) -> None: ...
+    def backward(
+        self, chunk: int, microbatch: int, *, is_weight_half: bool, starts_sums: bool
+    ) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def start_reduction(self, chunk: int, microbatch: int) -> None: ...
 
 
 Place = tuple[int, int]  # a chunk and a microbatch
@@ -69,6 +98,7 @@ class _Step:
     output_gradients: dict[Place, Tensor] = field(default_factory=dict)
     outgoing: dict[Instruction, Tensor] = field(default_factory=dict)
     loss_sums: list[Tensor] = field(default_factory=list)
+    summed: frozenset[Place] = frozenset()  # after whose backward the gradients of a chunk are summed over ranks
 
 
 class PipelineRunner:
@@ -78,6 +108,7 @@ class PipelineRunner:
         chunks: the parts of the model that ``placement`` puts on this rank, by number.
         reduce_gradients: called once, by the REDUCE_GRADIENTS instruction.
         weight_gradients: for schedules with split backwards, what each chunk's linear layers leave for later.
+        memory: is told when chunks are used. zero: what an evaluation's schedules have of ZeRO's steps.
     """
 
     def __init__(
@@ -90,18 +121,26 @@ class PipelineRunner:
         tokens_divide_by: int,
         reduce_gradients: Callable[[], None],
         weight_gradients: Mapping[int, WeightGradients] | None = None,
+        memory: ParameterMemory | None = None,
+        zero: ZeroSteps | None = None,
     ) -> None:
         self.chunks, self.placement, self.mesh, self.dtype = dict(chunks), placement, mesh, dtype
         self._tokens_divide_by, self._reduce_gradients = tokens_divide_by, reduce_gradients
         self._weight_gradients = weight_gradients or {}
+        self._memory: ParameterMemory = memory or Resident()
+        self._evaluation = replace(zero or ZeroSteps(), reduce="none")
         self.recorder: Recorder | None = None  # while it is set, it takes down when instructions begin and end
         self.watcher: BackwardWatcher | None = None
+        self.current: Instruction | None = None  # what is being computed, or was last
         self._last_chunk = placement.num_chunks - 1
         self._methods: dict[Kind, Callable[[_Step, Instruction], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward_whole,
             Kind.BACKWARD_INPUT: self._backward_input,
-            Kind.BACKWARD_WEIGHT: lambda step, one: self._weight_gradients[one.chunk].run(one.microbatch),
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+            Kind.GATHER_PARAMETERS: lambda step, one: self._memory.open_chunk(one.chunk, keep=one.microbatch < 0),
+            Kind.RELEASE_PARAMETERS: lambda step, one: self._memory.close_chunk(one.chunk),
+            Kind.START_REDUCTION: lambda step, one: self._memory.start_reduction(one.chunk, one.microbatch),
             Kind.REDUCE_GRADIENTS: lambda step, one: self._reduce_gradients(),
         }
 
@@ -121,7 +160,7 @@ class PipelineRunner:
         group, loss_sums = EVALUATED_PER_RANK * self.placement.num_ranks, list[Tensor]()
         for start in range(0, len(microbatches), group):
             part = microbatches[start : start + group]
-            loss_sums += self.run(forward_only(self.placement, len(part)), part, one)
+            loss_sums += self.run(with_zero(forward_only(self.placement, len(part)), self._evaluation), part, one)
         return loss_sums
 
     def run(self, schedule: Schedule, microbatches: Sequence[MicrobatchLike], loss_weight: Tensor) -> list[Tensor]:
@@ -131,9 +170,16 @@ class PipelineRunner:
         Returns the loss sums (float64 scalars) in microbatch order on the rank of the last chunk, else nothing.
         """
         weights = loss_weight.expand(len(microbatches))
-        step = _Step(microbatches, weights, self._mail(schedule, microbatches))
+        instructions = schedule.lists[self.mesh.pp.index]
+        summed = frozenset((c, m) for kind, c, m in instructions if kind is Kind.START_REDUCTION)
+        step = _Step(microbatches, weights, self._mail(schedule, microbatches), summed=summed)
         try:
-            self._execute(schedule.lists[self.mesh.pp.index], step)
+            with self._memory.running((schedule.name, len(microbatches))):
+                self._execute(instructions, step)
+        except BaseException:
+            for weight_gradients in self._weight_gradients.values():
+                weight_gradients.forget()
+            raise
         finally:
             step.mail.close()
         left = [*step.inputs, *step.graphs, *step.output_gradients, *step.outgoing]
@@ -154,6 +200,7 @@ class PipelineRunner:
                 if receives or sends:
                     step.mail.exchange(receives, sends)
                     receives, sends = [], []
+                self.current = instruction
                 self._methods[instruction.kind](step, instruction)
             if self.recorder is not None:
                 self.recorder.end()
@@ -212,14 +259,16 @@ class PipelineRunner:
             self._backward(step, instruction)
 
     def _backward(self, step: _Step, instruction: Instruction) -> None:
-        _, chunk, m = instruction
+        kind, chunk, m = instruction
         if chunk == self._last_chunk:
             gradient = step.loss_weights[m]
         elif self.placement.is_local(chunk):
             gradient = step.output_gradients.pop((chunk, m))
         else:
             gradient = self._take(step, Instruction(Kind.RECEIVE_GRADIENT, chunk, m), instruction)
-        torch.autograd.backward(step.graphs.pop((chunk, m)), gradient)
+        starts_sums = kind is Kind.BACKWARD and (chunk, m) in step.summed
+        with self._memory.backward(chunk, m, is_weight_half=False, starts_sums=starts_sums):
+            torch.autograd.backward(step.graphs.pop((chunk, m)), gradient)
         if chunk == 0:
             return
         input_gradient = step.inputs.pop((chunk, m)).grad
@@ -228,6 +277,11 @@ class PipelineRunner:
             step.output_gradients[chunk - 1, m] = input_gradient
         else:
             step.outgoing[Instruction(Kind.SEND_GRADIENT, chunk, m)] = input_gradient
+
+    def _backward_weight(self, step: _Step, instruction: Instruction) -> None:
+        _, chunk, m = instruction
+        with self._memory.backward(chunk, m, is_weight_half=True, starts_sums=False):
+            self._weight_gradients[chunk].run(m)
 
     def _backward_input(self, step: _Step, instruction: Instruction) -> None:
         with self._weight_gradients[instruction.chunk].collecting(instruction.microbatch):

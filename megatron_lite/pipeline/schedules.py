@@ -18,6 +18,7 @@ from megatron_lite.pipeline.instructions import Kind, Placement, Schedule, Sched
 from megatron_lite.pipeline.instructions import vee as vee_placement
 from megatron_lite.pipeline.orders import Order
 from megatron_lite.pipeline.schedule_file import read_orders
+from megatron_lite.pipeline.zero_steps import ZeroSteps, with_zero
 
 
 def _down_and_up(num_ranks: int, virtual_stages: int) -> Placement:
@@ -56,9 +57,10 @@ def make_schedule(name: str, num_ranks: int, virtual_stages: int, num_microbatch
 
 
 def schedule_of(config: RunConfig) -> Schedule:
-    """That of a run's layout and batch. Raises as `make_schedule` does."""
+    """That of a run's layout and batch, with its steps of ZeRO. Raises as `make_schedule` does."""
     parallel = config.parallel
-    return make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, config.num_microbatches)
+    schedule = make_schedule(parallel.schedule, parallel.pp, parallel.virtual_stages, config.num_microbatches)
+    return with_zero(schedule, ZeroSteps.of(config))
 
 
 @lru_cache(maxsize=8)

@@ -72,5 +72,6 @@ def subtitle(run: Run) -> str:
     layout = " × ".join(
         f"{axis} {size}" for axis, size in (("tp", parallel.tp), ("pp", parallel.pp), ("dp", config.dp))
     )
+    up_to = "up to " if config.train.batch_rampup is not None else ""
     model = f"{config.model.family}, {config.model.num_layers} layers of {config.model.hidden_size}"
-    return f"{model} · {layout} · {config.train.precision} · {config.tokens_per_step:,} tokens a step"
+    return f"{model} · {layout} · {config.train.precision} · {up_to}{config.tokens_per_step:,} tokens a step"

@@ -18,6 +18,7 @@ from megatron_lite.report import pipeline, pipeline_picture
 from megatron_lite.report.chart import DARK_STYLE, STYLE, Line, Panel, Scale, plot, step_range, step_scale, value_scale
 from megatron_lite.report.curves import loss_panel, other_panels, subtitle
 from megatron_lite.report.markup import Markup, tag, together
+from megatron_lite.report.memory import memory_section
 from megatron_lite.report.run import Run
 from megatron_lite.report.sections import config_section, facts_section, layout_section, steps_section
 from megatron_lite.report.series import Point, number, thinned
@@ -67,7 +68,8 @@ def page(run: Run, facts: Sequence[Fact]) -> str:
     read_from = f"Read from {run_files.METRICS} and {run_files.CONFIG} of {run.config.run.dir}/{name}."
     step = pipeline.recorded_step(run.folder)
     sections = [facts_section(facts), charts, *([pipeline.pipeline_section(step)] if step is not None else [])]
-    sections += [layout_section(run.config), config_section(run.config)]
+    memory = memory_section(run.folder)
+    sections += [layout_section(run.config), *([memory] if memory else []), config_section(run.config)]
     body = [
         tag("header", *header),
         tag("main", together([*sections, steps_section(run)], "\n")),

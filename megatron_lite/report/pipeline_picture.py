@@ -28,6 +28,9 @@ KIND_CLASSES = {
     Kind.BACKWARD: "b",
     Kind.BACKWARD_INPUT: "i",
     Kind.BACKWARD_WEIGHT: "w",
+    Kind.GATHER_PARAMETERS: "g",
+    Kind.RELEASE_PARAMETERS: "g",
+    Kind.START_REDUCTION: "s",
     Kind.REDUCE_GRADIENTS: "r",
 }
 CAUSE_CLASSES = {
@@ -44,6 +47,8 @@ STYLE = """
   .pl-b0 { fill: #1a7f37 } .pl-b1 { fill: #116329 } .pl-b2 { fill: #044f1e } .pl-b3 { fill: #003d16 }
   .pl-i0 { fill: #0b7285 } .pl-i1 { fill: #095c6b } .pl-i2 { fill: #074854 } .pl-i3 { fill: #05363f }
   .pl-w0 { fill: #8250df } .pl-w1 { fill: #6639ba } .pl-w2 { fill: #512a97 } .pl-w3 { fill: #3e1f79 }
+  .pl-g0 { fill: #9a6700 } .pl-g1 { fill: #7d4e00 } .pl-g2 { fill: #633c01 } .pl-g3 { fill: #4d2d00 }
+  .pl-s0 { fill: #bf3989 } .pl-s1 { fill: #99286e } .pl-s2 { fill: #772057 } .pl-s3 { fill: #611347 }
   .pl-r0 { fill: #57606a }
   .pl-ramp { fill: #f0f3f6 } .pl-imbalance { fill: #fff3d1 } .pl-communication { fill: #ffe5e2 }
   .pl-host { fill: #d8dee4 }
@@ -56,6 +61,8 @@ DARK_STYLE = """
     .pl-b0 { fill: #3fb950 } .pl-b1 { fill: #56d364 } .pl-b2 { fill: #7ee787 } .pl-b3 { fill: #aff5b4 }
     .pl-i0 { fill: #39b7c9 } .pl-i1 { fill: #63cbd9 } .pl-i2 { fill: #8fdde7 } .pl-i3 { fill: #bcecf2 }
     .pl-w0 { fill: #bc8cff } .pl-w1 { fill: #d2a8ff } .pl-w2 { fill: #e2c5ff } .pl-w3 { fill: #f0defd }
+    .pl-g0 { fill: #d29922 } .pl-g1 { fill: #e3b341 } .pl-g2 { fill: #f2cc60 } .pl-g3 { fill: #f8e3a1 }
+    .pl-s0 { fill: #db61a2 } .pl-s1 { fill: #f778ba } .pl-s2 { fill: #ff9bce } .pl-s3 { fill: #ffbedd }
     .pl-r0 { fill: #9198a1 }
     .pl-ramp { fill: #161b22 } .pl-imbalance { fill: #2b2210 } .pl-communication { fill: #2d1517 }
     .pl-host { fill: #30363d }

@@ -74,10 +74,15 @@ def _begins_anew(before: Mapping[str, float], record: Mapping[str, float]) -> bo
 
 
 def _record(line: bytes) -> dict[str, float]:
-    """The numbers of one line, integers as they are; raises what a line without a step and a loss gives."""
+    """The numbers of one line, integers as they are; raises what a line without a step and a loss gives.
+
+    A loss that is no number is not in the line, whose other numbers show that it is whole: it is read as NaN.
+    """
     values = {key: value for key, value in json.loads(line).items() if isinstance(value, int | float)}
     if not isinstance(values["step"], int) or not is_drawable(values["step"]):
         raise TypeError("a step is a whole number")
+    if "tokens" in values:
+        values.setdefault("loss", math.nan)
     values["loss"]
     return values
 

@@ -46,19 +46,46 @@ def layout_section(config: RunConfig) -> Markup:
         ("processes", f"{config.world_size:,}", ""),
         ("tensor parallel", str(parallel.tp), "with sequence parallel" if parallel.sequence_parallel else ""),
         ("pipeline stages", str(parallel.pp), _pipeline_note(parallel)),
-        ("data parallel", str(config.dp), f"ZeRO stage {parallel.zero_stage}" if config.dp > 1 else ""),
+        ("data parallel", str(config.dp), _zero_note(config)),
         ("context parallel", str(parallel.cp), ""),
-        ("batch", f"{config.train.global_batch_size:,}", f"sequences of {config.train.seq_len:,} tokens"),
+        (
+            "batch",
+            f"{config.train.global_batch_size:,}",
+            f"sequences of {config.train.seq_len:,} tokens{_rampup_note(config)}",
+        ),
         ("microbatches", f"{config.num_microbatches:,}", f"of {config.train.micro_batch_size:,} in each data rank"),
         ("precision", config.train.precision, ""),
+        ("offloaded", config.offload.in_words, ""),
     ]
     facts = []
     for name, value, note in rows:
-        if name != "context parallel" or parallel.cp > 1:
+        if value and (name != "context parallel" or parallel.cp > 1):
             small = [" ", tag("small", note)] if note else []
             facts += [tag("dt", name), tag("dd", value, *small)]
     picture = [] if config.world_size == 1 else [_ranks(config)]
     return _section("Layout", tag("div", tag("dl", *facts), *picture, class_="layout card"))
+
+
+def _zero_note(config: RunConfig) -> str:
+    """The stage, and what of ZeRO is not as it is by default."""
+    parallel = config.parallel
+    if config.dp == 1:
+        return ""
+    parts = [f"ZeRO stage {parallel.zero_stage}"]
+    if parallel.zero_group not in (None, config.dp):
+        parts[0] += f" in groups of {parallel.zero_group}"
+    if parallel.gather_policy != "auto":
+        parts.append(f"gather_policy={parallel.gather_policy}")
+    if parallel.reduce_policy != "step":
+        parts.append(f"reduce_policy={parallel.reduce_policy}")
+    return ", ".join(parts)
+
+
+def _rampup_note(config: RunConfig) -> str:
+    if config.train.batch_rampup is None:
+        return ""
+    start, increment, samples = config.train.batch_rampup
+    return f", from {start:,} on by {increment:,} more over {samples:,} samples"
 
 
 def _pipeline_note(parallel: ParallelConfig) -> str:

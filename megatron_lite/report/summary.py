@@ -35,6 +35,9 @@ def facts_of(run: Run) -> list[Fact]:
     notes = [f"{last['tokens']:,} tokens"] if "tokens" in last else []
     notes += [] if run.is_finished else ["not finished"]
     facts = [Fact("steps", f"{last['step']:,}", f"of {run.config.train.num_steps:,}", note=", ".join(notes))]
+    if skipped := last.get("skipped_steps"):
+        value, of = f"{skipped:,}", f"of {last['step']:,}"
+        facts.append(Fact("skipped steps", value, of, note="a gradient overflowed in fp16"))
     losses = [point for point in run.series("loss") if is_drawable(point[1])] or run.series("loss")[-1:]
     ending = [loss for _, loss in losses[-max(1, round(ENDING_SHARE * len(losses))) :]]
     note = f"mean of the last {len(ending)} steps" if len(ending) > 1 else ""

@@ -44,7 +44,7 @@ class AsynchronousUpdates:
         if version not in self._version_of.values():
             self._stashed.pop(version, None)
         if self._version in self._version_of.values():
-            self._stashed[self._version] = [bucket.parameters.clone() for bucket in self._engine.updated_buckets()]
+            self._stashed[self._version] = [weights.clone() for weights in self._engine.resident_parameters()]
         self._update()
         self._version += 1
 
@@ -53,12 +53,14 @@ class AsynchronousUpdates:
         if version == self._version:
             yield
             return
-        buckets = list(self._engine.updated_buckets())
-        newest = [bucket.parameters.clone() for bucket in buckets]
+        newest = [weights.clone() for weights in self._engine.resident_parameters()]
         try:
-            for bucket, weights in zip(buckets, self._stashed[version], strict=True):
-                bucket.parameters.copy_(weights)
+            self._write(self._stashed[version])
             yield
         finally:
-            for bucket, weights in zip(buckets, newest, strict=True):
-                bucket.parameters.copy_(weights)
+            self._write(newest)
+
+    def _write(self, weights: list[Tensor]) -> None:
+        for memory, values in zip(self._engine.resident_parameters(), weights, strict=True):
+            memory.copy_(values)
+        self._engine.parameters_changed()

@@ -1,16 +1,17 @@
 """The state of a run as global tensors: what a checkpoint holds, when it is written, and how a run is given it back.
 
-A checkpoint holds the master weights and both moments of AdamW, each under the global name of its parameter, and a
-`Position`. There is no other state: the learning rate is a function of the step, the data that come next are a function
-of (seed, samples consumed), and every random number is drawn from a counter (seed, name, index), so that the seed and
-the position are the random state.
+A checkpoint holds the master weights and the optimizer's state, each kind of it (``adamw.first``) under the global name
+of its parameter, the number of updates, with fp16 the loss scale, and a `Position`. There is no other state: the
+learning rate is a function of the step, the data that come next are a function of (seed, samples consumed), and every
+random number is drawn from a counter (seed, name, index), so that the seed, the position and the number of updates are
+the random state.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,17 +28,18 @@ from megatron_lite.checkpoint.retention import prune
 from megatron_lite.checkpoint.steps import step_folder
 from megatron_lite.checkpoint.store import load, save
 from megatron_lite.checkpoint.tensor_files import CheckpointError
+from megatron_lite.config.optim import OptimConfig
 from megatron_lite.distributed.faults import lost_a_peer
 from megatron_lite.distributed.mesh import second_world
 from megatron_lite.models.identity import ParameterSpec, WeightSource
+from megatron_lite.optim.state_sizes import state_kinds
 from megatron_lite.train.build import Training
 from megatron_lite.train.folder import checkpoints_folder
 from megatron_lite.train.same_run import data_marks, saved_config
 from megatron_lite.zero.bucket import Bucket
 from megatron_lite.zero.partition import Interval
 
-# Prefixes of the names of tensors: master weights, first and second moments.
-KINDS = "weights", "adamw.first", "adamw.second"
+WEIGHTS = "weights"  # prefix of the names of master weights; that of a kind of state has the optimizer's name in it
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,17 @@ def state_of(training: Training, position: Position, data: dict[str, Any]) -> di
     """What a checkpoint holds beside tensors, as JSON; that of the first rank is kept. data: of `data_marks`."""
     return {
         "position": dataclasses.asdict(position),
+        "loss_scale": None if training.loss_scaler is None else training.loss_scaler.state(),
         "config": saved_config(training.config),
         "data": data,
+        "optimizer": {"name": training.config.optim.name, "num_steps": _num_updates(training, position)},
         "version": __version__,
     }
+
+
+def _num_updates(training: Training, position: Position) -> int:
+    """Updates that the optimizer made, the same for all regions; skipped steps are none."""
+    return next((state.num_steps for state in training.optimizer_states.values()), position.step)
 
 
 def tensors_to_save(training: Training) -> list[GlobalTensor]:
@@ -69,7 +78,7 @@ def tensors_to_save(training: Training) -> list[GlobalTensor]:
     is_replica = not (mesh.cp.is_first and mesh.ep.is_first)
 
     def share(bucket: Bucket) -> Interval:
-        return Interval(0, 0) if is_replica else bucket.layout.slice(mesh.dp.index)
+        return Interval(0, 0) if is_replica else bucket.share
 
     return _global_tensors(training, lambda spec: spec.name if spec.tied_to is None else None, share, owned_only=True)
 
@@ -82,7 +91,7 @@ def tensors_to_load(training: Training, stored: Collection[str]) -> list[GlobalT
     """
 
     def name(spec: ParameterSpec) -> str:
-        if spec.name == "head.weight" and f"{KINDS[0]}/{spec.name}" not in stored:
+        if spec.name == "head.weight" and f"{WEIGHTS}/{spec.name}" not in stored:
             return "embedding.tokens.weight"
         return spec.tied_to or spec.name
 
@@ -103,30 +112,39 @@ def _global_tensors(
         name = name_of(spec)
         if name is None:
             continue
-        chunks: dict[str, list[Chunk]] = {kind: [] for kind in KINDS}
+        chunks: dict[str, list[Chunk]] = {prefix: [] for prefix in _prefixes(training.config.optim, spec)}
         if spec.name in places:
             bucket, slot = places[spec.name]
-            interval = interval_of(bucket).intersect(bucket.region)
-            part = interval.shift(-bucket.region.start)
-            for kind, memory in _memories(training, bucket).items():
-                chunks[kind] = chunks_in_memory(
+            interval = interval_of(bucket).intersect(bucket.region).intersect(slot.interval)
+            for prefix, start, memory in _memories(training, bucket, interval):
+                chunks[prefix] += chunks_in_memory(
                     spec,
                     tp.size,
                     tp.index,
-                    memory[part.start : part.stop],
-                    memory_start=interval.start,
+                    memory,
+                    memory_start=start,
                     shard_start=slot.start,
                     owned_only=owned_only,
                 )
-        dtype = training.precision.master
-        tensors += [GlobalTensor(f"{kind}/{name}", spec.shape, dtype, tuple(chunks[kind])) for kind in KINDS]
+        for prefix, found in chunks.items():
+            dtype = training.precision.master if prefix == WEIGHTS else training.precision.moments
+            tensors.append(GlobalTensor(f"{prefix}/{name}", spec.shape, dtype, tuple(found)))
     return tensors
 
 
-def _memories(training: Training, bucket: Bucket) -> dict[str, Tensor]:
-    """The flat memory of a bucket's region, by kind of tensor."""
+def _prefixes(optim: OptimConfig, spec: ParameterSpec) -> tuple[str, ...]:
+    """What the names of a parameter's tensors begin with."""
+    return WEIGHTS, *(f"{optim.name}.{kind}" for kind in state_kinds(optim, spec.name, spec.shape))
+
+
+def _memories(training: Training, bucket: Bucket, interval: Interval) -> Iterator[tuple[str, int, Tensor]]:
+    """(prefix, first element, flat memory) of what there is of an interval of a bucket's region."""
+    part = interval.shift(-bucket.region.start)
+    yield WEIGHTS, interval.start, bucket.master[part.start : part.stop]
     state = training.optimizer_states[bucket.layout.name]
-    return dict(zip(KINDS, (bucket.master, state.first, state.second), strict=True))
+    for kind in state.tensors:
+        for start, memory in state.parts(kind, interval.start, interval.stop):
+            yield f"{training.config.optim.name}.{kind}", start, memory
 
 
 def blank_weights(dtype: torch.dtype) -> WeightSource:
@@ -137,16 +155,40 @@ def blank_weights(dtype: torch.dtype) -> WeightSource:
 def restore(training: Training, manifest: Manifest) -> Position:
     """Gives a run that was just built the state of a checkpoint, whatever the layout of either. Every rank calls it.
 
-    Raises CheckpointError on every rank, as `load` does.
+    Raises CheckpointError on every rank, as `load` does, and for the state of another optimizer.
     """
-    load(manifest.folder, tensors_to_load(training, manifest.tensors), axis=training.mesh.world)
     position = position_in(manifest)
+    _refuse_other_optimizer(training, manifest)
+    load(manifest.folder, tensors_to_load(training, manifest.tensors), axis=training.mesh.world)
     training.num_steps = position.step
     for state in training.optimizer_states.values():
-        state.num_steps = position.step
+        # A checkpoint that does not say it is of a program that skipped no step.
+        state.num_steps = manifest.state.get("optimizer", {}).get("num_steps", position.step)
+    if training.loss_scaler is not None and manifest.state.get("loss_scale"):
+        training.loss_scaler.restore(manifest.state["loss_scale"])
     training.engine.round_master_weights()
     training.engine.gather_parameters()
     return position
+
+
+def _refuse_other_optimizer(training: Training, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the checkpoint has the kinds of state that this run's optimizer keeps."""
+    optim = training.config.optim
+    wanted = {prefix for spec in training.table for prefix in _prefixes(optim, spec)} - {WEIGHTS}
+    stored = {name.partition("/")[0] for name in manifest.tensors} - {WEIGHTS}
+    if wanted == stored:
+        return
+    before = manifest.state.get("optimizer", {}).get("name", "adamw")
+    settings = "" if before != optim.name else "; optim.momentum was " + ("above 0" if stored else "0")
+    raise CheckpointError(
+        f"{manifest.folder}: holds the state of optim.name={before} ({_listed(stored)}), and this run's optimizer is "
+        f"{optim.name} ({_listed(wanted)}){settings}. Use the settings that it was written with, or begin another run "
+        "with run.name=ANOTHER from its weights: megatron-lite convert writes them, and init.from_hf reads them"
+    )
+
+
+def _listed(kinds: Collection[str]) -> str:
+    return ", ".join(sorted(kinds)) or "no state"
 
 
 def position_in(manifest: Manifest) -> Position:
@@ -176,7 +218,8 @@ class Checkpointer:
         # Of the files that are open now: what replaces them on the disk later is not what this run reads.
         self._data = data_marks(training.config) if training.mesh.world.is_first else {}
         self._saver: BackgroundSaver | None = None
-        if self._settings.asynchronous and self._settings.interval:
+        # What lies in files may be more than main memory has room for a copy of: it is written while the steps wait.
+        if self._settings.asynchronous and self._settings.interval and not training.memory.uses_files:
             self._saver = BackgroundSaver(second_world(training.mesh))
             training.before_update = self._saver.settle
             if self._settings.interval < training.config.train.num_steps:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from megatron_lite.config.batch_rampup import batch_size_at, samples_after
 from megatron_lite.config.files import pair_paths
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import (
@@ -103,7 +105,7 @@ def _in_order(config: RunConfig, sources: Sequence[TokenDataset], cache: IndexCa
     ]
     if not config.data.train_weights:
         return sources[0], orders[0]
-    planned = config.train.num_steps * config.train.global_batch_size
+    planned = samples_after(config.train, config.train.num_steps)
     return BlendedDataset(sources), BlendedOrder(orders, config.data.train_weights, num_planned=planned, cache=cache)
 
 
@@ -156,6 +158,7 @@ def _loader(config: RunConfig, mesh: Mesh, dataset: Samples, order: Order, prefe
         dataset,
         order,
         global_batch_size=config.train.global_batch_size,
+        batch_size_at=partial(batch_size_at, config.train),
         micro_batch_size=config.train.micro_batch_size,
         dp=mesh.dp.size,
         dp_rank=mesh.dp.index,

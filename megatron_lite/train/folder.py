@@ -7,10 +7,10 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from megatron_lite.checkpoint.steps import list_steps, step_folder, step_of
 from megatron_lite.config.load import load_config, to_yaml
@@ -273,9 +273,16 @@ def _errors_of(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_utilisation(folder: Path, peak: Peak, flops_per_token: float, num_processes: int) -> None:
-    """What the mfu of the metrics is computed from."""
-    account = {"model_flops_per_token": flops_per_token, "num_processes": num_processes, "peak": asdict(peak)}
+def write_utilisation(
+    folder: Path, peak: Peak, flops_per_token: float, num_processes: int, memory: Mapping[str, Any]
+) -> None:
+    """What the mfu of the metrics is computed from, and the bytes of each pipeline stage, predicted and measured."""
+    account = {
+        "model_flops_per_token": flops_per_token,
+        "num_processes": num_processes,
+        "peak": asdict(peak),
+        "memory": memory,
+    }
     try:
         (folder / run_files.UTILISATION).write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ class StepRecord:
     """What a step leaves behind.
 
     step: from 1. tokens: target tokens so far, this step included. loss: mean over the global batch, nats. grad_norm:
-    before clipping. loss_scale: 1 unless the precision scales its loss. step_time_s: of the step alone, without
-    evaluation. tokens_per_s: over all ranks. mfu: model FLOPs utilisation, 0 .. 1. peak_memory_bytes: of the rank that
-    has used most so far. valid_loss (nats) and valid_bits_per_byte: only where an evaluation followed the step.
+    before clipping. loss_scale: the factor on the loss in this step, 1 without fp16. step_time_s: of the step alone,
+    without evaluation. tokens_per_s: over all ranks. mfu: model FLOPs utilisation, 0 .. 1. peak_memory_bytes: of the
+    rank that has used most so far. skipped_steps: with fp16, the steps of the run so far that changed nothing, as a
+    gradient overflowed; of such a step itself the loss or the norm is no number. valid_loss (nats) and
+    valid_bits_per_byte: only where an evaluation followed the step.
     """
 
     step: int
@@ -40,12 +43,20 @@ class StepRecord:
     tokens_per_s: float
     mfu: float
     peak_memory_bytes: int
+    skipped_steps: int | None = None
     valid_loss: float | None = None
     valid_bits_per_byte: float | None = None
 
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the step changed no weight, as something overflowed in fp16."""
+        overflowed = not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+        return overflowed and self.skipped_steps is not None
+
     def as_dict(self) -> dict[str, float]:
-        """The values that are there, by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        """The values that are there, by name: neither what is None nor what is no number, which JSON has not."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 class Sink(Protocol):

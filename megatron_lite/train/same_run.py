@@ -26,6 +26,37 @@ _HARMLESS = frozenset(
     }
 )
 
+# Keys and sections that may change on the way, and change numbers.
+_SETTINGS = (
+    "train.precision",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.batch_rampup",
+    "parallel.reduce_policy",
+    "parallel.zero_group",
+    "optim.",
+    "loss_scale.",
+)
+
+
+# What each host may have in its own way. Folders of the run and of its data are not among them: all ranks write to the
+# one and read the other.
+_OF_A_HOST = frozenset(
+    {
+        "data.cache",
+        "offload.dir",
+        "run.network_interface",
+        "run.rendezvous_timeout_s",
+        "run.stop_grace_s",
+        "train.threads",
+    }
+)
+
+
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """What has to be the same on every rank, by its dotted key."""
+    return {key: value for key, value in _leaves(saved_config(config)).items() if key not in _OF_A_HOST}
+
 
 def changed_keys(before: dict[str, Any], now: RunConfig) -> list[str]:
     """What makes ``now`` another run than the config ``before`` (of `saved_config`), a sentence for each key.
@@ -34,6 +65,19 @@ def changed_keys(before: dict[str, Any], now: RunConfig) -> list[str]:
     of steps, optimizer settings, precision, kernels, where it reports to.
     """
     return [change for key in _IDENTITY for change in _changes(key, _at(before, key), _at(saved_config(now), key))]
+
+
+def changed_settings(before: dict[str, Any], now: RunConfig) -> list[str]:
+    """What a run may change on the way and that changes its numbers, as ``key old -> new``.
+
+    before: a config of `saved_config`; a key that it does not have, as it is older, is not among them.
+    """
+    then, since = (_leaves(one) for one in (before, saved_config(now)))
+    return [
+        f"{key} {_shown(then[key])} -> {_shown(value)}"
+        for key, value in since.items()
+        if key.startswith(_SETTINGS) and key in then and then[key] != value
+    ]
 
 
 def data_marks(config: RunConfig) -> dict[str, Any]:
@@ -61,6 +105,18 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Values by their dotted keys."""
+    leaves = dict[str, Any]()
+    for name, value in tree.items():
+        leaves |= _leaves(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _changes(key: str, before: Any, now: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LOCK = ".lock"
+REQUEUE = "requeue"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 UTILISATION = "utilisation.json"
@@ -15,3 +16,5 @@ PIPELINE = "pipeline.json"
 PIPELINE_TRACE = "pipeline.trace.json"
 LAYER_COSTS = "layer_costs.json"
 REPORT = "report.html"
+LAUNCH = "launch.sh"
+HOSTFILE = "hostfile"

@@ -11,12 +11,13 @@ from megatron_lite.config import RunConfig, load_config
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.train.faults import check_reduction
 from megatron_lite.verify.layouts import MAX_RANKS, ProofLayout, choose_layouts, layout_of_config, layouts_asked_for
-from megatron_lite.verify.proof import Proof
+from megatron_lite.verify.proof import Proof, Verdict
 from megatron_lite.verify.shrink import NUM_STEPS, shrink
 from megatron_lite.verify.table import complaints, verdict_table
 
 # Columns of a table that goes to a file or a pipe.
 FILE_WIDTH = 110
+VERDICTS_A_LINE = 20
 
 
 def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: str | None = None) -> bool:
@@ -51,12 +52,33 @@ def prove(path: Path, overrides: list[str], wanted: str, dtype: str, without: st
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("proving", total=len(layouts))
-        proof = Proof(config, dtype, pool, without)
-        verdicts = proof.run(layouts, on_verdict=lambda _: progress.advance(task))
+        proof, done = Proof(config, dtype, pool, without), _PlainLines(console, len(layouts))
+
+        def on_verdict(verdict: Verdict) -> None:
+            progress.advance(task)
+            if not console.is_terminal:
+                done.add(verdict)
+
+        verdicts = proof.run(layouts, on_verdict)
     console.print(verdict_table(verdicts, dtype))
     for line in complaints(verdicts):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     return all(verdict.holds for verdict in verdicts)
+
+
+class _PlainLines:
+    """How far a proof is, in a line now and then, for where no progress bar can be."""
+
+    def __init__(self, console: Console, num_layouts: int) -> None:
+        self._console, self._num_layouts = console, num_layouts
+        self._count = self._broken = 0
+
+    def add(self, verdict: Verdict) -> None:
+        self._count += 1
+        self._broken += not verdict.holds
+        if self._count % VERDICTS_A_LINE == 0:
+            held = f"{self._broken} of them broken" if self._broken else "all of them hold"
+            self._console.print(f"{self._count} of {self._num_layouts} layouts, {held}", highlight=False)
 
 
 def _what_is_proven(given: RunConfig, config: RunConfig, num_layouts: int, without: str | None) -> str:

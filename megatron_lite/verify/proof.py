@@ -109,14 +109,15 @@ class Proof:
 
     def judge(self, layout: ProofLayout) -> Verdict:
         """Runs ``layout`` and compares it; if it breaks a bound, finds the axis."""
-        verdict = self._compare(layout)
+        verdict = self.compare(layout)
         if verdict.holds:
             return verdict
         alone = [("none, one process breaks it too", ProofLayout()), *layout.single_axes()]
-        axis = next((name for name, single in alone if not self._compare(single).holds), "only in combination")
+        axis = next((name for name, single in alone if not self.compare(single).holds), "only in combination")
         return dataclasses.replace(verdict, axis=axis)
 
-    def _compare(self, layout: ProofLayout) -> Verdict:
+    def compare(self, layout: ProofLayout) -> Verdict:
+        """Runs ``layout`` and compares it."""
         try:
             outcome, base = self.outcome(layout), self.outcome(layout.base())
         except InconsistentRanks as error:

@@ -44,6 +44,7 @@ def shrink(config: RunConfig, dtype: str, layouts: Sequence[ProofLayout] = ()) -
         "seq_len": seq_len,
         "micro_batch_size": 1,
         "global_batch_size": _batch_size(config, own),
+        "batch_rampup": None,
         "num_steps": NUM_STEPS,
         "precision": PRECISIONS[dtype],
         "threads": 1,

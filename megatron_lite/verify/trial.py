@@ -46,7 +46,7 @@ class RankReport:
 
 def run_trial(config: RunConfig, num_steps: int, without: str | None = None) -> RankReport:
     """Trains ``num_steps`` steps of ``config`` (its ``parallel.dp`` is known) on generated tokens."""
-    mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
+    mesh = build_mesh(layout_of(config), device=torch.device("cpu"), zero_group=config.parallel.zero_group)
     training = build(config, mesh=mesh, weights=perturbed_weights(config))
     if without is not None:
         remove_reduction(training, without)
@@ -60,9 +60,10 @@ def run_trial(config: RunConfig, num_steps: int, without: str | None = None) -> 
         losses.append(loss)
         grad_norms.append(norm)
     parameters = {name: training.engine.whole_master(name) for name in names}
+    training.memory.close()
     digest = hashlib.sha256()
     for tensor in (*gradients.values(), *parameters.values()):
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     sends = mesh.dp.is_first
     return RankReport(
         mesh.tp.index,

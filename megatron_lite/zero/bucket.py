@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megatron_lite.models.identity import ParameterSpec, Piece
-from megatron_lite.ops.accumulate import accumulate
+from megatron_lite.zero.gradients import Gradients
+from megatron_lite.zero.offload import Resident, StoredTensor, mapped
 from megatron_lite.zero.partition import ALIGNMENT, BucketLayout, Interval, merge
+
+# (category, name, number of elements, dtype) -> a tensor of zeros; category: optimizer, gradients or parameters.
+Keep = Callable[[str, str, int, torch.dtype], StoredTensor]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is whole on a rank and what is a slice, and in which dtypes.
+
+    stage: see `parallel.zero_stage`. num_shards, shard_index: of the slices. share_index: this rank's among all slices
+    of a bucket's layout. reduces_each_microbatch: gradients are summed over ranks in each microbatch, and not once.
+    """
+
+    stage: int
+    num_shards: int
+    shard_index: int
+    share_index: int
+    param_dtype: torch.dtype
+    master_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    reduces_each_microbatch: bool = False
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether a rank's own gradients lie whole in memory that stays."""
+        return self.stage < 2 and not self.reduces_each_microbatch
 
 
 @dataclass(frozen=True)
@@ -26,11 +54,17 @@ class PartialSum:
 
 
 class Bucket:
-    """Flat memory of a unit. ``region`` is what this rank updates: the whole (stage 0) or its slice (stage 1).
+    """Flat memory of a unit.
 
-    parameters: ``[size]`` in the compute dtype; the model's parameters are views of it.
-    gradients: ``[size]`` in the accumulation dtype; sums over microbatches, then over ranks.
-    master: ``[region]`` in the optimizer's dtype; a view of ``parameters`` where the dtypes agree.
+    slice: this rank's of those that the ranks of ``mesh.shard`` hold. region: what this rank updates: the whole
+    (stage 0) or its slice. share: the part of it that this rank counts and saves, one of as many as dp has ranks.
+
+    parameters: those of the model, by name, views of ``flat``.
+    flat: ``[size]`` in the compute dtype; at stage 3 its memory is there while the bucket is whole (`gather.py`).
+    gradients: this rank's own, whole.
+    stored: what lasts from step to step, each ``[region]``, by kind: ``values``, the parameters in the compute dtype (a
+    view of ``flat``, or at stage 3 this rank's own); ``master``, where its dtype is another one; ``sums``, the gradient
+    summed over ranks, once a step has reduced it.
     uncounted: elements that another rank, or the parameter that this one is tied to, counts in the gradient norm.
     undecayed: elements without weight decay.
     """
@@ -38,67 +72,89 @@ class Bucket:
     def __init__(
         self,
         layout: BucketLayout,
-        parameters: dict[str, nn.Parameter],
+        memory: MemoryPlan,
         *,
-        region: Interval,
-        param_dtype: torch.dtype,
-        grad_dtype: torch.dtype,
         device: torch.device,
         shared_with: Bucket | None,
+        keep: Keep | None = None,
     ) -> None:
-        self.layout, self.region, self.shared_with = layout, region, shared_with
-        self.gradients = torch.zeros(layout.size, dtype=grad_dtype, device=device)
+        """keep: makes what may lie elsewhere than on the device; None: nothing does."""
+        self.layout, self.memory, self.shared_with = layout, memory, shared_with
+        self.slice = layout.slice(memory.shard_index, memory.num_shards)
+        self.region = layout.whole if memory.stage == 0 else self.slice
+        self.share = layout.slice(memory.share_index)
+        self.stored: dict[str, StoredTensor] = {}
+        keep = keep or (lambda category, name, numel, dtype: Resident(torch.zeros(numel, dtype=dtype, device=device)))
         if shared_with is None:
-            self.parameters = torch.zeros(layout.size, dtype=param_dtype, device=device)
+            self.flat = torch.zeros(layout.size, dtype=memory.param_dtype, device=device)
+            self.stored["values"] = Resident(self.flat[self.region.start : self.region.stop])
+            if memory.stage == 3:
+                self.stored["values"] = keep(
+                    "parameters", f"{layout.name}.values", self.region.size, memory.param_dtype
+                )
+            if memory.param_dtype != memory.master_dtype:
+                self.stored["master"] = keep(
+                    "optimizer", f"{layout.name}.master", self.region.size, memory.master_dtype
+                )
         else:
-            self.parameters = shared_with.parameters
-        self.master = self.parameters[region.start : region.stop]
-        if shared_with is not None:
-            self.master = shared_with.master
-        elif param_dtype != grad_dtype:
-            self.master = self.master.to(grad_dtype)
-        self._copied_first: list[str] = []  # parameters whose gradients a hook adds up
-        self._stale: set[str] = set()  # of these, those that hold the sum of an earlier step
+            self.flat = shared_with.flat
+            self.flat.untyped_storage().resize_(self.flat.nbytes)  # views are made of memory that is there
+        self.parameters = {
+            slot.name: _parameter_in(self.flat[slot.interval.start : slot.interval.stop].view(slot.shape))
+            for slot in layout.slots
+        }
+        if memory.stage == 3:
+            self.flat.untyped_storage().resize_(0)
+        self.gradients = Gradients(
+            layout, self.parameters, memory.grad_dtype, device, is_kept=memory.keeps_whole_gradients
+        )
+        if memory.keeps_whole_gradients:
+            self.stored["sums"] = Resident(self.gradients.kept[self.region.start : self.region.stop])
+        else:
+            self.stored["sums"] = keep("gradients", f"{layout.name}.sums", self.region.size, memory.grad_dtype)
         self.partial_sums: list[PartialSum] = []
         self.uncounted: list[Interval] = []
         self.undecayed: list[Interval] = []
-        for slot in layout.slots:
-            self._adopt(slot.name, parameters[slot.name], slot.interval)
 
-    def _adopt(self, name: str, parameter: nn.Parameter, where: Interval) -> None:
-        """Makes a parameter a view of the bucket, and sends its gradients there."""
-        view = self.parameters[where.start : where.stop].view(parameter.shape)
-        gradient = self.gradients[where.start : where.stop].view(parameter.shape)
-        parameter.data = view
-        if parameter.dtype == gradient.dtype:
-            parameter.grad = gradient  # autograd adds to it in place
-            return
+    @property
+    def values(self) -> Tensor:
+        return mapped(self.owner.stored["values"])
 
-        def add(parameter: Tensor) -> None:
-            if parameter.grad is None:
-                return  # autograd runs hooks also where a backward has left a gradient for later: ops/linear.py
-            if name in self._stale:
-                gradient.copy_(parameter.grad)
-                self._stale.discard(name)
-            else:
-                accumulate(gradient, parameter.grad)
-            parameter.grad = None
+    @property
+    def master(self) -> Tensor:
+        return mapped(self.owner.stored[self.weights_kind])
 
-        self._copied_first.append(name)
-        parameter.register_post_accumulate_grad_hook(add)
+    @property
+    def sums(self) -> Tensor:
+        return mapped(self.stored["sums"])
 
-    def zero_gradients(self) -> None:
-        """Makes all gradients zero; where a hook adds them up, the first of a step is copied over what was there."""
-        if len(self._copied_first) < len(self.layout.slots):
-            self.gradients.zero_()
-        self._stale = set(self._copied_first)
+    @property
+    def weights_kind(self) -> str:
+        """What the optimizer updates: ``master``, or ``values`` where no other dtype is kept."""
+        return "master" if self.memory.param_dtype != self.memory.master_dtype else "values"
 
-    def clear_stale_gradients(self) -> None:
-        """Zeroes what no gradient has come for since ``zero_gradients``."""
+    @property
+    def owner(self) -> Bucket:
+        """The bucket with the memory of the parameters: this one, or that which a tied table shares."""
+        return self.shared_with or self
+
+    def fill(self, weights: Callable[[str], Tensor]) -> None:
+        """Sets parameters and master weights. weights: a parameter's values on this tp rank, by name."""
+        master, values = self.master, self.values
         for slot in self.layout.slots:
-            if slot.name in self._stale:
-                self.gradients[slot.interval.start : slot.interval.stop] = 0
-        self._stale = set()
+            found = weights(slot.name).flatten().to(device=self.flat.device, dtype=self.memory.master_dtype)
+            here = slot.interval.intersect(self.region)
+            if here.size:
+                part = found[here.start - slot.start : here.stop - slot.start]
+                master[here.start - self.region.start : here.stop - self.region.start] = part
+                values[here.start - self.region.start : here.stop - self.region.start] = part
+            if self.memory.stage < 3:
+                self.flat[slot.interval.start : slot.interval.stop] = found
+
+    def slice_sums(self) -> Tensor:
+        """The part of ``sums`` that is this rank's slice."""
+        own = self.slice.shift(-self.region.start)
+        return self.sums[own.start : own.stop]
 
     def describe(self, specs: dict[str, ParameterSpec], tp: int, index: int, sequence_parallel: bool) -> None:
         """Reads from the identities which elements are partial sums, count in the norm, and decay."""
@@ -137,14 +193,6 @@ class Bucket:
             offset += block_size
         return place
 
-    def region_gradients(self) -> Tensor:
-        return self.gradients[self.region.start : self.region.stop]
-
-    def rounded_region(self) -> Tensor | None:
-        """The region of ``parameters``, where the master weights go, rounded; None where it is the same memory."""
-        region = self.parameters[self.region.start : self.region.stop]
-        return None if region.data_ptr() == self.master.data_ptr() else region
-
     def decay_runs(self) -> list[tuple[Interval, bool]]:
         """The region, cut into runs that decay and runs that do not; intervals count from the region's start."""
         runs, at = [], self.region.start
@@ -156,6 +204,13 @@ class Bucket:
             at = stop
         runs.append((Interval(at, self.region.stop), True))
         return [(run.shift(-self.region.start), decays) for run, decays in runs if run.size]
+
+
+def _parameter_in(memory: Tensor) -> nn.Parameter:
+    """A parameter on this memory. What is written to the memory does not look to autograd as if it had changed."""
+    parameter = nn.Parameter(memory.new_empty(0))
+    parameter.data = memory
+    return parameter
 
 
 def _elements(spec: ParameterSpec, piece: Piece, start: int) -> Interval:

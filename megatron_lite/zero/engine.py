@@ -1,15 +1,17 @@
 """ZeRO on flat buckets (Rajbhandari et al. 2020): one mechanism; the stage says what is whole and what is a slice.
 
-A step: microbatches add into each bucket's gradients; ``reduce_gradients`` sums them over tp (where a parameter's
-identity says that they are partial), over dp, and over the two uses of a tied table; the optimizer updates this rank's
-region of the master weights and of the parameters; ``gather_parameters`` makes these whole again. Data-parallel
-contributions are exchanged slice by slice and added in rank order, by the same partition at every stage, so the stages
+A step: backward adds into each bucket's gradients; `reduce.py` sums them over ranks as they become complete;
+``finish_gradients`` waits for that and adds the two uses of a tied table; the optimizer updates this rank's region of
+the master weights and of the parameters; ``gather_parameters`` makes these whole again, or at stage 3 `gather.py` does
+when they are used. Contributions of ranks are added in rank order, by the same partition at every stage, so the stages
 agree in every bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,153 +19,288 @@ from torch import Tensor, nn
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Mesh
 from megatron_lite.models.identity import ParameterTable
-from megatron_lite.zero.bucket import Bucket
+from megatron_lite.zero.bucket import Bucket, Keep, MemoryPlan
+from megatron_lite.zero.gather import Gathering
+from megatron_lite.zero.gradients import STEP
+from megatron_lite.zero.offload import loaded
 from megatron_lite.zero.partition import Interval, lay_out, unit_of
+from megatron_lite.zero.reduce import Reduction, Traffic
 
 
 class ZeroEngine:
-    """Owns the memory of a model's parameters and gradients on this rank.
+    """Owns the memory of a model's parameters and gradients on this rank, and says when what of it is whole.
 
     Args:
-        parameters: this rank's parameters by global name, on ``mesh.device``, with their values.
-        stage: 0 keeps the optimizer's state whole on every data-parallel rank, 1 a slice of it.
+        shapes: of this rank's parameters by global name, for each chunk of the model here.
+        weights: the values of a parameter on this tp rank, by name.
         stages_of: pipeline stage that holds each parameter of a tied pair, by name.
+        reduces_each_microbatch: gradients are summed over dp in each microbatch, and then over microbatches.
+        keep: makes the tensors that may lie elsewhere than on the device; None: nothing does.
+
+    ``units``: the buckets of each chunk. ``traffic``: what has gone over dp so far. ``gathering``: at stage 3, what
+    collects whole parameters.
     """
 
     def __init__(
         self,
-        parameters: dict[str, nn.Parameter],
+        shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
         table: ParameterTable,
         *,
         mesh: Mesh,
         stage: int,
         param_dtype: torch.dtype,
         grad_dtype: torch.dtype,
+        master_dtype: torch.dtype,
         sequence_parallel: bool,
         stages_of: dict[str, int],
+        weights: Callable[[str], Tensor],
+        reduces_each_microbatch: bool = False,
+        keep: Keep | None = None,
     ) -> None:
         self.mesh, self.stage = mesh, stage
         self.tied_pairs = table.tied_pairs()
         self._stages_of = stages_of
-        tied = [name for pair in self.tied_pairs for name in pair]
-        owner_of = {follower: owner for owner, follower in self.tied_pairs}
-        units: dict[str, list[str]] = {}
-        for name in parameters:
-            units.setdefault(unit_of(name, tied), []).append(name)
-        specs = {spec.name: spec for spec in table}
+        self._key_of: Callable[[int], int] = (lambda m: m) if reduces_each_microbatch else (lambda m: STEP)
+        memory = MemoryPlan(
+            stage=stage,
+            num_shards=mesh.shard.size,
+            shard_index=mesh.shard.index,
+            share_index=mesh.shard.index * mesh.replica.size + mesh.replica.index,
+            param_dtype=param_dtype,
+            master_dtype=master_dtype,
+            grad_dtype=grad_dtype,
+            reduces_each_microbatch=reduces_each_microbatch,
+        )
         self.buckets: dict[str, Bucket] = {}
-        for unit, names in units.items():
-            layout = lay_out(unit, [(name, tuple(parameters[name].shape)) for name in names], mesh.dp.size)
-            values = {name: parameters[name].detach().clone() for name in names}
-            bucket = Bucket(
-                layout,
-                {name: parameters[name] for name in names},
-                region=layout.whole if stage == 0 else layout.slice(mesh.dp.index),
-                param_dtype=param_dtype,
-                grad_dtype=grad_dtype,
-                device=mesh.device,
-                shared_with=self.buckets.get(owner_of.get(unit, "")),
-            )
-            bucket.describe(specs, mesh.tp.size, mesh.tp.index, sequence_parallel)
-            self.buckets[unit] = bucket
-            self._load(bucket, values)
+        self.units: dict[int, list[Bucket]] = {}
+        specs = {spec.name: spec for spec in table}
+        for chunk, parameters in shapes.items():
+            layouts = self._layouts(parameters)
+            self.units[chunk] = []
+            for unit, names in layouts.items():
+                layout = lay_out(unit, [(name, parameters[name]) for name in names], mesh.dp.size)
+                owner = next((owner for owner, follower in self.tied_pairs if follower == unit), "")
+                shared_with = self.buckets.get(owner)
+                bucket = Bucket(layout, memory, device=mesh.device, shared_with=shared_with, keep=keep)
+                bucket.describe(specs, mesh.tp.size, mesh.tp.index, sequence_parallel)
+                if bucket.shared_with is None:
+                    bucket.fill(weights)
+                self.buckets[unit] = bucket
+                self.units[chunk].append(bucket)
+        self.traffic = Traffic()
+        self.reduction = Reduction(mesh, self.traffic)
+        self.gathering = Gathering(mesh.shard, self.traffic) if stage == 3 else None
+        self._backward: tuple[int, int] | None = None  # chunk and microbatch whose backward runs
+        self._starts_sums = False  # whether a bucket that this backward completes is summed at once
+        self._started: set[tuple[str, int]] = set()  # buckets whose sums have begun, and their keys
+        self._gathers: dict[str, collectives.Pending] = {}  # of updated parameters, by bucket
+        for bucket in self.buckets.values():
+            bucket.gradients.on_complete = lambda bucket=bucket: self._completed(bucket)  # type: ignore[misc]
+        if self.gathering is not None:
+            for chunk, buckets in self.units.items():
+                self.gathering.add(chunk, buckets)
 
-    def _load(self, bucket: Bucket, values: dict[str, Tensor]) -> None:
-        """Fills parameters, and the master weights from the same unrounded values."""
-        if bucket.shared_with is not None:
-            return
-        whole = torch.zeros_like(bucket.gradients)
-        for slot in bucket.layout.slots:
-            whole[slot.interval.start : slot.interval.stop] = values[slot.name].flatten().to(whole.dtype)
-        bucket.parameters.copy_(whole)
-        bucket.master.copy_(whole[bucket.region.start : bucket.region.stop])
+    def _layouts(self, names: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Names of a chunk's parameters by unit, in the order of the model; a tie's owner before its follower."""
+        tied = [name for pair in self.tied_pairs for name in pair]
+        units: dict[str, list[str]] = {}
+        for name in names:
+            units.setdefault(unit_of(name, tied), []).append(name)
+        return units
 
     def updated_buckets(self) -> Iterator[Bucket]:
         """The buckets whose parameters live here; a tied table that shares its owner's memory is left out."""
         return (bucket for bucket in self.buckets.values() if bucket.shared_with is None)
 
-    def zero_gradients(self) -> None:
-        for bucket in self.buckets.values():
-            bucket.zero_gradients()
+    # Around the computing: what a schedule's instructions and autograd's hooks call.
 
-    def reduce_gradients(self) -> None:
-        """Sums this rank's gradients over the axes on which they are partial; each region is then complete."""
+    def attach(self, chunk: int, model: nn.Module) -> None:
+        """Puts the parameters into a chunk of the model, and hooks on its parts, so that parameters are whole while
+        they are used and gradients have memory to go to."""
+        for bucket in self.units[chunk]:
+            for name, parameter in bucket.parameters.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, parameter)
+        if self.gathering is None and all(b.memory.keeps_whole_gradients for b in self.units[chunk]):
+            return
+        inside = {
+            part: [b for b in self.units[chunk] if any(_is_inside(name, part_name) for name in b.parameters)]
+            for part_name, part in _parts(model)
+        }
+        last = {bucket: part for part, buckets in inside.items() for bucket in buckets}
+        for part, buckets in inside.items():
+            ends = [bucket for bucket in buckets if last[bucket] is part]
+            part.register_forward_pre_hook(lambda *_, buckets=buckets: self._use(buckets))
+            part.register_forward_hook(
+                lambda _1, _2, output, buckets=buckets, ends=ends: self._after_forward(buckets, ends, output)
+            )
+
+    def _use(self, buckets: list[Bucket]) -> None:
+        if self.gathering is not None:
+            for bucket in buckets:
+                self.gathering.use(bucket)
+
+    def _after_forward(self, buckets: list[Bucket], ends: list[Bucket], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: self._before_backward(buckets))
+        if self.gathering is not None and self._backward is None:  # else it is recomputed, and its backward follows
+            for bucket in ends:
+                self.gathering.done(bucket)
+
+    def _before_backward(self, buckets: list[Bucket]) -> None:
+        self._use(buckets)
+        assert self._backward is not None
+        for bucket in buckets:
+            bucket.gradients.open(self._key_of(self._backward[1]))
+
+    def _completed(self, bucket: Bucket) -> None:
+        """The last gradient of a bucket has come in a backward."""
+        if self.gathering is not None:
+            self.gathering.done(bucket)
+        if self._starts_sums and self._backward is not None:
+            self._start_sum(bucket, self._key_of(self._backward[1]))
+
+    @contextmanager
+    def running(self, run: Hashable) -> Iterator[None]:
+        """Around the run of a schedule; those with an equal ``run`` go through the chunks in the same order."""
+        if self.gathering is None:
+            yield
+            return
+        self.gathering.begin(run)
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            self.gathering.end(takes_down=is_done)
+
+    def open_chunk(self, chunk: int, *, keep: bool) -> None:
+        """GATHER_PARAMETERS: the chunk is about to be used. keep: until ``close_chunk`` what was used stays whole."""
+        if self.gathering is not None:
+            self.gathering.open(chunk, keep=keep)
+
+    def close_chunk(self, chunk: int) -> None:
+        """RELEASE_PARAMETERS."""
+        if self.gathering is not None:
+            self.gathering.close(chunk)
+
+    @contextmanager
+    def backward(self, chunk: int, microbatch: int, *, is_weight_half: bool, starts_sums: bool) -> Iterator[None]:
+        """Around a backward, or a half of one. starts_sums: what it completes is what a sum over dp waits for."""
+        key = self._key_of(microbatch)
+        for bucket in self.units[chunk]:
+            bucket.gradients.expect()
+            if is_weight_half:
+                bucket.gradients.open(key)
+        self._backward, self._starts_sums = (chunk, microbatch), starts_sums
+        try:
+            yield
+        finally:
+            self._backward, self._starts_sums = None, False
+        if key != STEP:
+            for bucket in self.units[chunk]:
+                bucket.gradients.close()
+
+    def start_reduction(self, chunk: int, microbatch: int) -> None:
+        """START_REDUCTION: begins the sums that backward has not begun by itself.
+
+        microbatch: whose gradients; any, where they are summed once a step.
+        """
+        for bucket in reversed(self.units[chunk]):
+            self._start_sum(bucket, self._key_of(microbatch))
+
+    def _start_sum(self, bucket: Bucket, key: int) -> None:
+        if (bucket.layout.name, key) not in self._started:
+            self._started.add((bucket.layout.name, key))
+            self.reduction.start(bucket, key)
+
+    # Around the update.
+
+    def zero_gradients(self) -> None:
+        """A step begins."""
+        self._started.clear()
+        self.reduction.reset()
         for bucket in self.buckets.values():
-            bucket.clear_stale_gradients()
-            self._sum_over_tp(bucket)
+            bucket.gradients.reset()
+
+    def finish_gradients(self) -> None:
+        """REDUCE_GRADIENTS: each region of ``sums`` then holds the gradient of the whole batch's loss."""
         for bucket in self.buckets.values():
-            self.sum_over_dp(bucket)
+            for key in bucket.gradients.held:
+                self._start_sum(bucket, key)
+        self.reduction.finish(list(self.buckets.values()))
         for owner, follower in self.tied_pairs:
             self._add_tied(owner, follower)
-
-    def _sum_over_tp(self, bucket: Bucket) -> None:
-        if not bucket.partial_sums:
-            return
-        buffer = bucket.gradients.new_zeros(bucket.partial_buffer_size)
-        for part in bucket.partial_sums:
-            buffer[part.place.start : part.place.stop] = bucket.gradients[part.local.start : part.local.stop]
-        collectives.all_reduce(buffer, self.mesh.tp)
-        for part in bucket.partial_sums:
-            bucket.gradients[part.local.start : part.local.stop] = buffer[part.place.start : part.place.stop]
-
-    def sum_over_dp(self, bucket: Bucket) -> None:
-        dp = self.mesh.dp
-        if dp.size == 1:
-            return
-        own = bucket.layout.slice(dp.index)
-        total = collectives.reduce_scatter(bucket.gradients, dp)
-        if self.stage == 0:
-            collectives.all_gather(total, dp, out=bucket.gradients)
-        else:
-            bucket.gradients[own.start : own.stop] = total
 
     def _add_tied(self, owner: str, follower: str) -> None:
         """Adds the gradients of the two uses of a tied table: here, or by exchange between the stages of the uses."""
         here = [name for name in (owner, follower) if name in self.buckets]
         if len(here) == 2:
-            self.buckets[owner].region_gradients().add_(self.buckets[follower].region_gradients())
+            into, added = (self.buckets[name].stored["sums"] for name in here)
+            with loaded(into, writes=True) as sums, loaded(added) as others:
+                sums.add_(others)
         elif here:
             (name,) = here
             other = self._stages_of[follower if name == owner else owner]
             forward, back = self.mesh.pp, self.mesh.pp_return
             to_other, from_other = (forward, back) if other > forward.index else (back, forward)
-            own = self.buckets[name].region_gradients()
-            received = torch.empty_like(own)
-            receiving = collectives.start_receive(received, from_other, other)
-            sending = collectives.start_send(own.clone(), to_other, other)
-            own.add_(receiving.wait())
-            sending.wait()
+            with loaded(self.buckets[name].stored["sums"], writes=True) as own:
+                received = torch.empty_like(own, device=self.mesh.device)
+                receiving = collectives.start_receive(received, from_other, other)
+                sending = collectives.start_send(own.to(self.mesh.device, copy=True), to_other, other)
+                own.add_(receiving.wait().to(own.device))
+                sending.wait()
 
     def counted_gradients(self) -> Iterator[tuple[Tensor, list[Interval]]]:
-        """This rank's slice of each gradient, with the elements that do not count here in the norm.
+        """This rank's share of each gradient, with the elements that do not count here in the norm.
 
-        The slices of all ranks together hold every element of the model's gradient exactly once.
+        The shares of all ranks together hold every element of the model's gradient exactly once.
         """
         for bucket in self.buckets.values():
-            own = bucket.layout.slice(self.mesh.dp.index)
+            own, share = bucket.share, bucket.share.shift(-bucket.region.start)
             skipped = [interval.intersect(own).shift(-own.start) for interval in bucket.uncounted]
-            yield bucket.gradients[own.start : own.stop], [interval for interval in skipped if interval.size]
+            with loaded(bucket.stored["sums"]) as sums:
+                yield sums[share.start : share.stop], [interval for interval in skipped if interval.size]
 
     def round_master_weights(self) -> None:
         """Writes the master weights into this rank's region of the parameters, where an optimizer's step did not."""
         for bucket in self.updated_buckets():
-            if (rounded := bucket.rounded_region()) is not None:
-                rounded.copy_(bucket.master)
+            if bucket.weights_kind != "values":
+                bucket.values.copy_(bucket.master)
 
     def gather_parameters(self) -> None:
         """After the optimizer's step, which wrote each rank's region of the parameters: makes them whole."""
+        if self.gathering is not None:
+            self.gathering.forget()
+            return
         for bucket in self.updated_buckets():
-            if self.stage > 0:
-                region = bucket.parameters[bucket.region.start : bucket.region.stop]
-                collectives.all_gather(region.clone(), self.mesh.dp, out=bucket.parameters)
+            self.start_gather(bucket)
+        while self._gathers:
+            self._gathers.popitem()[1].wait()
+
+    def start_gather(self, bucket: Bucket) -> None:
+        """Begins what ``gather_parameters`` waits for, of a bucket that has been updated."""
+        if self.stage in (0, 3) or self.mesh.shard.size == 1 or bucket.layout.name in self._gathers:
+            return
+        self.traffic.gathered_bytes += bucket.flat.nbytes
+        gather = collectives.start_all_gather(bucket.values.clone(), self.mesh.shard, out=bucket.flat)
+        self._gathers[bucket.layout.name] = gather
+
+    def resident_parameters(self) -> Iterator[Tensor]:
+        """The memory that says what the parameters are: who writes there calls ``parameters_changed`` afterwards."""
+        return (bucket.values if self.stage == 3 else bucket.flat for bucket in self.updated_buckets())
+
+    def parameters_changed(self) -> None:
+        if self.gathering is not None:
+            self.gathering.forget()
 
     def whole_gradient(self, name: str) -> Tensor:
-        """This rank's gradient of a parameter, whole over dp, after ``reduce_gradients``. For proofs, not for speed.
+        """This rank's gradient of a parameter, whole over dp, after ``finish_gradients``. For proofs, not for speed.
 
         A tied parameter has the sum over both of its uses. It is never clipped: the optimizer's step multiplies by the
         factor as it reads.
         """
-        return self._whole(name, Bucket.region_gradients)
+        return self._whole(name, lambda bucket: bucket.sums)
 
     def whole_master(self, name: str) -> Tensor:
         """This rank's master weight of a parameter, whole over dp."""
@@ -173,7 +310,21 @@ class ZeroEngine:
         for bucket in self.buckets.values():
             for slot in bucket.layout.slots:
                 if slot.name == name:
-                    region = regional(bucket.shared_with or bucket)
-                    flat = region if self.stage == 0 else collectives.all_gather(region, self.mesh.dp)
+                    region = regional(bucket.owner)
+                    region = region.to(self.mesh.device)
+                    flat = region if self.stage == 0 else collectives.all_gather(region, self.mesh.shard)
                     return flat[slot.interval.start : slot.interval.stop].view(slot.shape).clone()
         raise KeyError(f"{name} is not on this pipeline stage")
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What a model's forward goes through: its children, and each layer instead of all of them."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleDict):
+            yield from ((f"{name}.{key}", layer) for key, layer in child.items())
+        else:
+            yield name, child
+
+
+def _is_inside(parameter: str, part: str) -> bool:
+    return parameter.startswith(f"{part}.")

@@ -49,7 +49,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """The slots of a bucket, and its size, padded so that ``num_slices`` aligned slices divide it."""
+    """The slots of a bucket, and its size, padded so that ``num_slices`` aligned slices divide it.
+
+    There are as many as data-parallel ranks, also where fewer, larger slices are held.
+    """
 
     name: str
     slots: tuple[Slot, ...]
@@ -60,8 +63,9 @@ class BucketLayout:
     def whole(self) -> Interval:
         return Interval(0, self.size)
 
-    def slice(self, index: int) -> Interval:
-        share = self.size // self.num_slices
+    def slice(self, index: int, of: int | None = None) -> Interval:
+        """One of ``of`` equal slices, by default of ``num_slices``."""
+        share = self.size // (of or self.num_slices)
         return Interval(index * share, (index + 1) * share)
 
 

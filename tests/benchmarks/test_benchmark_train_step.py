@@ -15,6 +15,7 @@ from benchmarks import results
 from benchmarks.results import Record
 from benchmarks.rows import ROWS, require, select
 from benchmarks.team import ContenderFailed, Measurement, Team
+from benchmarks.traffic import Traffic
 from benchmarks.workloads import WORKLOADS, batch, write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ INITIAL_LOSS = 5.545  # ln 256
 
 
 def _record(contender: str, walls: list[float], loss: float = INITIAL_LOSS, parameters: int | None = None) -> Record:
-    steps = [Measurement(wall, 2 * wall, 0.0, loss, 1.5, [2**20]) for wall in walls]
+    steps = [Measurement(wall, 2 * wall, 0.0, loss, 1.5, [2**20], Traffic()) for wall in walls]
     count = SMOKE.num_parameters if parameters is None else parameters
     return Record("single-fp32", contender, count, [2**20], steps[:1], steps[1:])
 
@@ -54,7 +55,7 @@ def test_every_row_divides_every_workload(name: str) -> None:
         job = row.job(row.contenders[0], workload, "unused", cores=2)
         assert job.num_microbatches == row.num_microbatches
         assert job.num_microbatches * job.micro_batch_size * job.dp == workload.batch_size
-        assert job.threads * job.world_size == 2
+        assert job.threads * job.world_size == max(2, job.world_size)
 
 
 def test_rows_are_chosen_by_their_beginnings() -> None:
@@ -73,7 +74,7 @@ def test_a_missing_contender_is_named_before_anything_runs() -> None:
 def test_ratios_pair_the_rounds() -> None:
     ours, peer = _record("ours", [9.0, 1.0, 2.0, 9.0]), _record("peers.x", [9.0, 2.0, 4.0, 6.0])
     assert results.time_ratios(ours, peer) == (2.0 / 4.0, 0.5)  # medians 2 and 4; ratios 0.5, 0.5, 1.5
-    line = results.table([ours, peer])[1]
+    line = results.table([ours, peer], SMOKE)[1]
     assert line[-2:] == ("0.500", "0.500")
     assert results.markdown([line]).count("\n") == 2
 

@@ -7,6 +7,7 @@ steps after it within the design's bounds, and in every bit where tp and dp agre
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerError, WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import assemble, same_bits
+from megatron_lite.optim.state_sizes import state_kinds
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.checkpoints import Checkpointer, Position, blank_weights, restore
 from megatron_lite.train.step import train_step
-from megatron_lite.verify.layouts import ProofLayout, matrix
+from megatron_lite.verify.layouts import ZERO_STAGES, ProofLayout, matrix
 from megatron_lite.verify.proof import BOUNDS, relative_difference
 from megatron_lite.verify.trial import perturbed_weights, proof_batch
+from megatron_lite.zero.bucket import Bucket
 
 NUM_PAIRS, SEED = 50, 3
 STEPS = 2
@@ -77,15 +80,23 @@ class Report:
 
 
 def shards_of(training: Training) -> dict[str, Tensor]:
-    """Weights and moments of every parameter on this stage, from the engine's memory."""
-    engine, states, shards = training.engine, training.optimizer_states, {}
-    for name, _ in training.named_parameters():
+    """Weights and state of every parameter on this stage, from the engine's memory."""
+    engine, optim, shards = training.engine, training.config.optim, {}
+    for name, parameter in training.named_parameters():
         shards[f"weights/{name}"] = engine.whole_master(name)
-        shards[f"adamw.first/{name}"] = engine._whole(name, lambda bucket: states[bucket.layout.name].first)
-        shards[f"adamw.second/{name}"] = engine._whole(name, lambda bucket: states[bucket.layout.name].second)
-        local = dict(training.named_parameters())[name]
-        assert same_bits(local.detach(), shards[f"weights/{name}"].to(local.dtype)), "parameters are not gathered"
+        for kind in state_kinds(optim, name, parameter.shape):
+            shards[f"{optim.name}.{kind}/{name}"] = engine._whole(name, functools.partial(state_in, training, kind))
+        if training.config.parallel.zero_stage < 3:  # else it is there only while it is used
+            assert same_bits(parameter.detach(), shards[f"weights/{name}"].to(parameter.dtype)), "not gathered"
     return shards
+
+
+def state_in(training: Training, kind: str, bucket: Bucket) -> Tensor:
+    """A kind of state as long as the bucket's region, with zeros where there is none of it."""
+    values, region = torch.zeros_like(bucket.master), bucket.region
+    for start, held in training.optimizer_states[bucket.layout.name].parts(kind, region.start, region.stop):
+        values[start - region.start :][: held.numel()] = held
+    return values
 
 
 def take_steps(training: Training, first: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -113,7 +124,7 @@ def load_job(config: RunConfig, folder: Path, forgets: str = "") -> Report:
     assert position == Position(STEPS, STEPS * config.train.global_batch_size, 0)
     for state in training.optimizer_states.values():
         if forgets == "moments":
-            state.first.zero_()
+            state.tensors["first"].zero_()
         elif forgets == "steps":
             state.num_steps = 0
     shards = shards_of(training)
@@ -125,7 +136,8 @@ def whole(config: RunConfig, reports: list[Report], what: str) -> dict[str, Tens
     """Global tensors from the shards of all ranks; data-parallel replicas have to agree in every bit."""
     tensors = {}
     for spec in parameter_table(config.model):
-        for kind in ("weights", "adamw.first", "adamw.second"):
+        kinds = [f"{config.optim.name}.{kind}" for kind in state_kinds(config.optim, spec.name, spec.shape)]
+        for kind in ("weights", *kinds):
             key = f"{kind}/{spec.name}"
             by_tp: dict[int, Tensor] = {}
             for report in reports:
@@ -137,9 +149,15 @@ def whole(config: RunConfig, reports: list[Report], what: str) -> dict[str, Tens
 
 
 def save_and_load(
-    pool: WorkerPool, folder: Path, model: str, saved: ProofLayout, loaded: ProofLayout, forgets: str = ""
+    pool: WorkerPool,
+    folder: Path,
+    model: str,
+    saved: ProofLayout,
+    loaded: ProofLayout,
+    forgets: str = "",
+    more: tuple[str, ...] = (),
 ) -> tuple[RunConfig, list[Report], list[Report]]:
-    config = config_of(model, folder)
+    config = config_of(model, folder, *more)
     before = pool.run(save_job, saved.world_size, saved.apply(config), timeout_s=120, threads=1)
     checkpoint = folder / "saved" / "checkpoints" / f"step-{STEPS:08d}"
     after = pool.run(load_job, loaded.world_size, loaded.apply(config), checkpoint, forgets, timeout_s=120, threads=1)
@@ -158,7 +176,7 @@ def test_the_pairs_have_every_kind_of_layout_on_both_sides() -> None:
         for axis in ("tp", "pp", "dp"):
             assert {getattr(layout, axis) for layout in layouts} == {1, 2, 4}, axis
         assert {layout.schedule for layout in layouts} == {"1f1b", "gpipe"}
-        assert {layout.zero_stage for layout in layouts if layout.dp > 1} == {0, 1}
+        assert {layout.zero_stage for layout in layouts if layout.dp > 1} == set(ZERO_STAGES)
         assert {layout.sequence_parallel for layout in layouts} == {False, True}
         assert max(layout.world_size for layout in layouts) == 8
 

@@ -10,6 +10,7 @@ import pytest
 from megatron_lite.config import ConfigError, Problem, load_config
 from megatron_lite.config.keys import leaf_fields
 from megatron_lite.config.yaml_text import dump, flow, parse
+from tests.config.model_cases import BROKEN_MODELS
 from tests.config.pipeline_cases import BROKEN_PIPELINES
 
 GOOD = """\
@@ -49,7 +50,6 @@ BROKEN: list[tuple[str, int | None, str, str]] = [
         "parallel.tp",
         "parallel.tp=2",
     ),
-    ("parallel.tp=8 model.ffn_hidden_size=100", None, "model.ffn_hidden_size", "model.ffn_hidden_size=104"),
     ("parallel.cp=2", None, "parallel.cp", "parallel.cp=1"),
     ("parallel.tp=2 parallel.pp=3", 8, "parallel.pp", "parallel.pp=4"),
     ("parallel.tp=8", 4, "parallel.tp", "parallel.tp=4"),
@@ -70,66 +70,6 @@ BROKEN: list[tuple[str, int | None, str, str]] = [
     ("train.global_batch_size=30 train.micro_batch_size=4", 2, "train.global_batch_size", "train.global_batch_size=24"),
     ("train.global_batch_size=9", None, "train.global_batch_size", "train.global_batch_size=8"),
     ("train.global_batch_size=1", 2, "train.global_batch_size", "train.global_batch_size=4"),
-    ("model.hidden_size=60", None, "model.hidden_size", "model.hidden_size=64"),
-    ("model.hidden_size=72", None, "model.head_dim", "model.head_dim=8"),
-    ("model.head_dim=7", None, "model.head_dim", "model.head_dim=8"),
-    ("model.num_kv_heads=3", None, "model.num_kv_heads", "model.num_kv_heads=4"),
-    ("model.num_kv_heads=16", None, "model.num_kv_heads", "model.num_kv_heads=8"),
-    ("model.family=gpt2", None, "model.num_kv_heads", "model.num_kv_heads=8"),
-    ("model.family=gpt2 model.num_kv_heads=8 model.head_dim=16", None, "model.head_dim", "model.head_dim=8"),
-    ("model.family=gpt2 model.num_kv_heads=8 model.hidden_size=60", None, "model.hidden_size", "model.hidden_size=56"),
-    (
-        "model.family=gpt2 model.num_kv_heads=8 model.rope_scaling.type=linear model.rope_scaling.factor=2",
-        None,
-        "model.rope_scaling",
-        "model.rope_scaling=null",
-    ),
-    ("model.activation=gelu", None, "model.activation", "model.activation=swiglu"),
-    (
-        "model.family=gpt2 model.num_kv_heads=8 model.activation=reglu",
-        None,
-        "model.activation",
-        "model.activation=gelu",
-    ),
-    (
-        "model.rope_scaling.type=yarn model.rope_scaling.factor=2 model.rope_scaling.beta_slow=40",
-        None,
-        "model.rope_scaling.beta_slow",
-        "model.rope_scaling.beta_slow=1.0",
-    ),
-    (
-        "model.rope_scaling.type=ntk model.rope_scaling.factor=2 model.rope_theta=1.0",
-        None,
-        "model.rope_theta",
-        "model.rope_theta=10000.0",
-    ),
-    (
-        "model.rope_scaling.type=llama3 model.rope_scaling.factor=2 model.rope_scaling.low_freq_factor=8",
-        None,
-        "model.rope_scaling.low_freq_factor",
-        "model.rope_scaling.low_freq_factor=1.0",
-    ),
-    ("model.sliding_window=0", None, "model.sliding_window", "model.sliding_window=1"),
-    ("model.sliding_window=8", None, "model.sliding_window", "model.sliding_window=null"),
-    ("model.sliding_window=8", None, "model.sliding_window", "model.family=mistral"),
-    (
-        "model.family=mistral model.sliding_window=8 model.sliding_window_from=1",
-        None,
-        "model.sliding_window_from",
-        "model.sliding_window_from=0",
-    ),
-    (
-        "model.family=qwen2 model.sliding_window_from=1",
-        None,
-        "model.sliding_window_from",
-        "model.sliding_window_from=0",
-    ),
-    (
-        "model.family=qwen2 model.sliding_window=8 model.sliding_window_from=4",
-        None,
-        "model.sliding_window_from",
-        "model.sliding_window_from=3",
-    ),
     ("optim.warmup_steps=51", None, "optim.warmup_steps", "optim.warmup_steps=50"),
     ("optim.warmup_steps=20 optim.decay_steps=10", None, "optim.decay_steps", "optim.decay_steps=20"),
     (
@@ -154,7 +94,22 @@ BROKEN: list[tuple[str, int | None, str, str]] = [
     ("parallel.dp=-1", None, "parallel.dp", "parallel.dp=1"),
     ("train.num_steps=1e3", None, "train.num_steps", "train.num_steps=1000"),
     ("train.precision=bfloat16", None, "train.precision", "train.precision=bf16"),
-    ("parallel.zero_stage=3", None, "parallel.zero_stage", "parallel.zero_stage=1"),
+    ("parallel.zero_stage=4", None, "parallel.zero_stage", "parallel.zero_stage=3"),
+    ("parallel.zero_group=3", 4, "parallel.zero_group", "parallel.zero_group=2"),
+    ("parallel.zero_group=3", 4, "parallel.zero_group", "parallel.zero_group=4"),
+    ("parallel.zero_group=8 parallel.tp=2", 4, "parallel.zero_group", "parallel.zero_group=2"),
+    ("parallel.zero_group=0", None, "parallel.zero_group", "parallel.zero_group=1"),
+    ("parallel.zero_group=2 parallel.zero_stage=0", 4, "parallel.zero_group", "parallel.zero_stage=1"),
+    ("parallel.zero_group=2 parallel.zero_stage=0", 4, "parallel.zero_group", "parallel.zero_group=null"),
+    ("parallel.gather_policy=keep", None, "parallel.gather_policy", "parallel.zero_stage=3"),
+    (
+        "parallel.gather_policy=regather parallel.zero_stage=2",
+        None,
+        "parallel.gather_policy",
+        "parallel.gather_policy=auto",
+    ),
+    ("parallel.gather_policy=kept", None, "parallel.gather_policy", "parallel.gather_policy=keep"),
+    ("parallel.reduce_policy=steps", None, "parallel.reduce_policy", "parallel.reduce_policy=step"),
     ("parallel.sequence_parallel=yes", None, "parallel.sequence_parallel", "parallel.sequence_parallel=true"),
     ("optim.lr=fast", None, "optim.lr", "optim.lr=0.0003"),
     ("optim.beta1=1", None, "optim.beta1", "optim.beta1=0.9"),
@@ -164,7 +119,7 @@ BROKEN: list[tuple[str, int | None, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "world_size", "key", "fix"), BROKEN + BROKEN_PIPELINES)
+@pytest.mark.parametrize(("overrides", "world_size", "key", "fix"), BROKEN + BROKEN_MODELS + BROKEN_PIPELINES)
 def test_the_nearest_legal_value_is_legal(
     good: Path, overrides: str, world_size: int | None, key: str, fix: str
 ) -> None:

@@ -45,6 +45,7 @@ def test_every_key_is_read() -> None:
     rooms = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "config"]
     rooms.append(PACKAGE / "config" / "schema.py")  # its properties derive dp and the number of microbatches
     rooms.append(PACKAGE / "config" / "model.py")  # which layers have the sliding window
+    rooms.append(PACKAGE / "config" / "optim.py")  # the weight decay at a learning rate
     missing = unread(path.read_text(encoding="utf-8") for path in rooms)
     assert not missing, "no code reads " + ", ".join(missing)
 

@@ -46,7 +46,7 @@ def test_key_help_lists_every_key_once() -> None:
     by_key = {row.key: row for row in rows}
     assert by_key["model.vocab_size"].default == "required"
     assert by_key["parallel.tp"].type == "integer >= 1"
-    assert by_key["train.precision"].type == "one of fp32, bf16, fp64"
+    assert by_key["train.precision"].type == "one of fp32, bf16, fp16, fp64"
     assert by_key["model.num_kv_heads"].default == "num_heads"
 
 
@@ -110,7 +110,7 @@ def test_frozen() -> None:
         ("train", "threads", 0),
         ("optim", "lr", float("inf")),
         ("optim", "beta2", 1.0),
-        ("parallel", "zero_stage", 2),
+        ("parallel", "zero_stage", 4),
         ("parallel", "num_microbatches", 4),
         ("run", "name", "../elsewhere"),
         ("run", "tensorboard", 1),
@@ -124,3 +124,13 @@ def test_strict(section: str, key: str, value: object) -> None:
         RunConfig.model_validate(good | {section: good.get(section, {}) | {key: value}})
     wrong = [error for error in caught.value.errors() if error["type"] != "default_factory_not_called"]
     assert {error["loc"][:2] for error in wrong} == {(section, key)}
+
+
+def test_an_optimizer_brings_its_usual_settings() -> None:
+    adamw, lion, muon = (OptimConfig(name=name) for name in ("adamw", "lion", "muon"))
+    assert (adamw.lr, adamw.min_lr, adamw.weight_decay, adamw.beta2, adamw.eps) == (3e-4, 0.1 * 3e-4, 0.1, 0.95, 1e-8)
+    assert (lion.lr, lion.beta1, lion.beta2, lion.nesterov) == (1e-4, 0.9, 0.99, False)
+    assert (muon.momentum, muon.nesterov, muon.lr) == (0.95, True, adamw.lr)
+    adafactor = OptimConfig(name="adafactor", lr=0.01)
+    assert adafactor.decay_rate(0.01) == 0.01, "PaLM's: the learning rate's square, of which one factor is here"
+    assert OptimConfig(name="lion", beta2=0.5).beta2 == 0.5 and adamw.decay_rate(0.01) == 0.1

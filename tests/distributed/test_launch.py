@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.distributed.faults import is_user_error
-from megatron_lite.distributed.launch import SAME_WISH_S, launch_local, run_rank
+from megatron_lite.distributed.launch import SAME_WISH_S, launch_local
+from megatron_lite.distributed.rank import run_rank
 from megatron_lite.distributed.rendezvous import world
 
 HERE = f"{__name__}:"
@@ -35,6 +36,15 @@ def meet(folder: str, word: str, port: int | None = None) -> None:
             "place": [rendezvous.rank, rendezvous.world_size, rendezvous.local_rank, rendezvous.local_world_size],
         }
         Path(folder, f"{rendezvous.rank}.json").write_text(json.dumps(account))
+
+
+def finish(folder: str, seconds: float) -> None:
+    """Hears a stop, and has nothing left to stop."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    Path(folder, f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        time.sleep(0.1)
 
 
 def end_badly(folder: str, failing: int, how: str) -> int:
@@ -151,15 +161,16 @@ def test_an_exit_code_that_a_rank_returns_is_passed_on_in_silence(
     assert capfd.readouterr().err == ""
 
 
-def start_in_a_process_of_its_own(folder: Path) -> subprocess.Popen[str]:
+def start_in_a_process_of_its_own(folder: Path, call: str = "end_badly", *more: object) -> subprocess.Popen[str]:
+    arguments = (str(folder), *(more or (99, "")))
     script = folder / "start.py"
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
         "from megatron_lite.distributed.launch import launch_local\n"
         "if __name__ == '__main__':\n"
-        f"    args = ({str(folder)!r}, 99, '')\n"
-        f"    sys.exit(launch_local('{HERE}end_badly', args, nproc=2, log_dir=Path({str(folder)!r}, 'logs')))\n"
+        f"    args = {arguments!r}\n"
+        f"    sys.exit(launch_local('{HERE}{call}', args, nproc=2, log_dir=Path({str(folder)!r}, 'logs')))\n"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     # A process that is killed cannot remove its temporary files.
@@ -187,6 +198,19 @@ def test_signals_to_the_launching_process_end_all_ranks_and_rank_0_has_the_conso
             assert agent.stdout.read() == ""
             if number == signal.SIGTERM:
                 assert agent.stderr.read() == STOPPED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stop_that_comes_when_all_are_nearly_done_stops_nothing(tmp_path: Path) -> None:
+    """Nor does the agent wait for ranks that wait for it."""
+    with start_in_a_process_of_its_own(tmp_path, "finish", 3.0) as agent:
+        deadline = time.monotonic() + 60
+        while len(pids(tmp_path)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(timeout=30) == 0
+        assert_all_end(tmp_path, 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

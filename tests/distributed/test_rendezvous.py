@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lite.distributed import rendezvous
 from megatron_lite.distributed.hosts import num_cores
+from megatron_lite.distributed.meeting import MeetingError
 from megatron_lite.distributed.rendezvous import Rendezvous, RendezvousError, discover, world
 from megatron_lite.distributed.worker_pool import WorkerPool
 
@@ -21,6 +20,7 @@ TORCHRUN = {
     "LOCAL_WORLD_SIZE": "4",
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "none",
 }
 
 
@@ -36,15 +36,14 @@ def environ_of(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def test_nothing_in_the_environment_is_a_world_of_one() -> None:
-    expected = Rendezvous(0, 1, 0, 1, "single", "gloo", torch.device("cpu"))
+    expected = Rendezvous(0, 1, 0, 1, "", device=torch.device("cpu"))
     assert discover({}) == expected
     assert discover({"MASTER_ADDR": "head", "MASTER_PORT": "1", "HOME": "/"}) == expected
     assert discover({}, num_cuda_devices=2).device == torch.device("cuda", 0)
 
 
 def test_torchrun_variables_are_taken_as_they_are() -> None:
-    cpu = torch.device("cpu")
-    assert discover(TORCHRUN) == Rendezvous(5, 8, 1, 4, "torchrun", "gloo", cpu, "head", 29500)
+    assert discover(TORCHRUN) == Rendezvous(5, 8, 1, 4, "torchrun", "head", 29500)
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
     found = discover(TORCHRUN | agent, num_cuda_devices=4)
     assert (found.store_is_served, found.attempt) == (True, 3)
@@ -104,7 +103,7 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with (
-            pytest.raises(RendezvousError, match=rf"127.0.0.1:{port}: the port is in use; choose another with --port"),
+            pytest.raises(RendezvousError, match=rf"127.0.0.1:{port}: the port is in use; choose another"),
             world(environ_of(0, 2, port), timeout_s=5, device="cpu"),
         ):
             pass
@@ -113,39 +112,12 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
 def test_a_rank_that_never_comes_ends_the_wait_and_says_what_to_check() -> None:
     start = time.monotonic()
     with (
-        pytest.raises(RendezvousError, match=r"rank 0 of 2 waited 1 s at 127.0.0.1:\d+ for the others; check that"),
+        pytest.raises(MeetingError, match=r"rank 0 of 2 waited 1 s at 127.0.0.1:\d+ for rank 1; look at"),
         world(environ_of(0, 2, free_port()), timeout_s=1, device="cpu"),
     ):
         pass
     assert time.monotonic() - start < 20
     assert not dist.is_initialized()
-
-
-@pytest.mark.parametrize("kinds", [("cpu", "cpu", "cuda"), ("cuda", "cpu", "cpu"), ("cpu", "cpu", "cpu")])
-def test_ranks_on_different_kinds_of_device_all_hear_of_it(kinds: tuple[str, ...]) -> None:
-    """Each through the store that they share, before any of them waits in a group that the others never join."""
-    store, refused = dist.HashStore(), []
-    environs = [environ_of(rank, len(kinds), 1) for rank in range(len(kinds))]
-
-    def check(rank: int) -> None:
-        place = discover(environs[rank], num_cuda_devices=len(kinds) if kinds[rank] == "cuda" else 0)
-        try:
-            rendezvous._check_devices(place, store)
-        except RendezvousError as error:
-            refused.append(str(error))
-
-    threads = [threading.Thread(target=check, args=(rank,)) for rank in range(len(kinds))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    if len(set(kinds)) == 1:
-        assert refused == []
-    else:
-        other = 1 if kinds[1] != kinds[0] else 2
-        assert len(refused) == 3
-        expected = f"rank 0 computes on {kinds[0]} and rank {other} on {kinds[other]}; "
-        assert all(message.startswith(expected) and "run.device=cpu" in message for message in refused)
 
 
 def join_and_leave(port: int, fail: bool) -> tuple[float, float]:
@@ -196,7 +168,7 @@ def test_auto_takes_devices_where_there_is_one_for_each_rank_here(
     class Joining(Exception):
         pass
 
-    def join(rendezvous: Rendezvous, timeout_s: float) -> None:
+    def join(rendezvous: Rendezvous, timeout_s: float, **more: object) -> None:
         raise Joining(rendezvous.device.type)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)

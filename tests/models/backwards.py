@@ -17,8 +17,10 @@ from megatron_lite.models.recompute import Recompute
 from megatron_lite.models.transformer import Transformer
 from megatron_lite.ops.linear import WeightGradients, defer_weight_gradients
 from megatron_lite.zero.bucket import Bucket
+from megatron_lite.zero.gradients import STEP
 from megatron_lite.zero.partition import lay_out
 from tests.models.tiny import filled, token_ids
+from tests.zero.buckets import bucket_of, memory_plan
 
 MICROBATCHES = 3
 WHOLE = tuple(f"B{m}" for m in range(MICROBATCHES))
@@ -29,23 +31,15 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
 
 def on_bucket(model: nn.Module) -> Bucket:
     """Puts the gradients into flat fp32 memory (or fp64, as the model): bf16 gradients come there by a hook."""
-    parameters = dict(model.named_parameters())
-    dtype = next(iter(parameters.values())).dtype
-    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    layout = lay_out("all", [(name, tuple(p.shape)) for name, p in parameters.items()], 1)
-    bucket = Bucket(
-        layout,
-        parameters,
-        region=layout.whole,
-        param_dtype=dtype,
-        grad_dtype=torch.float32 if dtype == torch.bfloat16 else dtype,
-        device=torch.device("cpu"),
-        shared_with=None,
-    )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
-    bucket.zero_gradients()
+    values = dict(model.named_parameters())
+    dtype = next(iter(values.values())).dtype
+    layout = lay_out("all", [(name, tuple(p.shape)) for name, p in values.items()], 1)
+    bucket = bucket_of(layout, memory_plan(dtype))
+    bucket.fill(lambda name: values[name].detach())
+    for name, parameter in bucket.parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
+    bucket.gradients.reset()
     return bucket
 
 
@@ -86,9 +80,9 @@ def gradients_of(model: Transformer, order: Iterable[str], is_packed: bool = Tru
                 losses.pop(m).backward()
         else:
             store.run(m)
-    bucket.clear_stale_gradients()
+    total = bucket.gradients.take(STEP)
     slots = ((slot.name, slot.interval) for slot in bucket.layout.slots)
-    return {name: bucket.gradients[where.start : where.stop].clone() for name, where in slots}
+    return {name: total[where.start : where.stop].clone() for name, where in slots}
 
 
 def differing(own: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

@@ -65,7 +65,7 @@ def test_between_the_halves_x_and_the_gradient_of_each_linear_layer_are_held_and
     model.recompute = recompute
     bucket = on_bucket(model)
     defer_weight_gradients(model, store)
-    permanent = [bucket.gradients, DOCUMENTS, *model.parameters()]
+    permanent = [bucket.gradients.kept, DOCUMENTS, *model.parameters()]
     memory = Allocations()
     with memory:
         loss = forward(model, 0)
@@ -110,7 +110,8 @@ def test_the_output_of_a_chunk_is_free_once_it_is_sent_while_its_graph_waits_for
         model = first_chunk()
         model.recompute = recompute
         tokens = token_ids(BATCH, LENGTH)
-        permanent = [on_bucket(model).gradients, DOCUMENTS, tokens, gradient, *model.parameters()]
+        bucket = on_bucket(model)
+        permanent = [bucket.gradients.kept, DOCUMENTS, tokens, gradient, *model.parameters()]
         sequences = model.sequences(BATCH, LENGTH, None, DOCUMENTS, model.layers["0"].mlp.up.weight)
 
         output = model(tokens, sequences)

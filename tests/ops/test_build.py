@@ -263,6 +263,8 @@ def test_the_archive_of_sources_has_all_of_them(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "megatron_lite").mkdir()
     shutil.copy(ROOT / "megatron_lite/__init__.py", tmp_path / "megatron_lite")
+    for folder in ("configs", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     command = [sys.executable, "setup.py", "-q", "sdist", "build_py", "-d", "installed"]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=120, capture_output=True)
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
@@ -271,4 +273,4 @@ def test_the_archive_of_sources_has_all_of_them(tmp_path: Path) -> None:
     sources = {str(path.relative_to(tmp_path)) for path in (tmp_path / "csrc").rglob("*") if path.is_file()}
     assert len(sources) > 50 and sources <= found, sources - found
     installed = [path for path in (tmp_path / "installed").rglob("*") if path.is_file()]
-    assert installed and {path.suffix for path in installed} == {".py"}
+    assert {path.suffix for path in installed} == {".py", ".yaml", ".sh", ".sbatch", ".example"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_lite.config.schema import OptimConfig
+from megatron_lite.models.identity import ParameterSpec
 from megatron_lite.optim.adamw import AdamW
+from megatron_lite.optim.optimizer import Axes, OptimizerState, Parameter, Region
 from megatron_lite.zero.partition import BucketLayout, lay_out
+from tests.utils.meshes import axis
 
 SHAPES = {"matrix": (37, 19), "norm": (45,), "wide": (3, 300), "bias": (300,)}
 DECAYS = {"matrix": True, "norm": False, "wide": True, "bias": False}
@@ -50,25 +54,46 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return buffer
 
 
-def runs() -> list[tuple[slice, bool]]:
-    """One run a parameter, up to the next one; the last takes what only pads."""
+def region(first: int = 0, last: int | None = None) -> Region:
+    """Elements ``first .. last``; what does not decay reaches up to the next parameter."""
+    last = layout().size if last is None else last
     starts = [slot.start for slot in layout().slots]
-    return [
-        (slice(start, stop), DECAYS[slot.name])
-        for slot, start, stop in zip(layout().slots, starts, [*starts[1:], layout().size], strict=True)
+    stops = [*starts[1:], layout().size]
+    names = [slot.name for slot in layout().slots]
+    clipped = [
+        (max(a, first), min(b, last)) for name, a, b in zip(names, starts, stops, strict=True) if not DECAYS[name]
     ]
+    return Region(
+        parameters=tuple(
+            Parameter(ParameterSpec(slot.name, slot.shape, decay=DECAYS[slot.name]), slot.shape, slot.start)
+            for slot in layout().slots
+        ),
+        start=first,
+        stop=last,
+        size=layout().size,
+        num_slices=2,
+        undecayed=tuple((a - first, b - first) for a, b in clipped if a < b),
+    )
+
+
+def adamw(config: OptimConfig = CONFIG) -> AdamW:
+    return AdamW(config, Axes(axis("dp"), axis("tp"), torch.device("cpu")))
+
+
+def state_for(optimizer: AdamW, weights: Tensor, first: int = 0, decays: bool = True) -> OptimizerState:
+    own = region(first, first + weights.numel())
+    own = dataclasses.replace(own, undecayed=own.undecayed if decays else ((0, weights.numel()),))
+    return optimizer.init_state(own, weights.dtype, weights.device)
 
 
 def ours(dtype: torch.dtype, first: int = 0, last: int | None = None, config: OptimConfig = CONFIG) -> Tensor:
     """Flat weights ``first .. last`` after ten steps in which only these are known."""
     last = layout().size if last is None else last
     weights = flat(start_values(dtype))[first:last].clone()
-    optimizer = AdamW(config)
-    state = optimizer.init_state(weights)
-    clipped = [(max(where.start, first), min(where.stop, last), decays) for where, decays in runs()]
-    own = [(slice(start - first, stop - first), decays) for start, stop, decays in clipped if start < stop]
+    optimizer = adamw(config)
+    state = state_for(optimizer, weights, first)
     for gradients, lr in zip(gradients_of_steps(dtype), learning_rates(), strict=True):
-        optimizer.step(weights, flat(gradients)[first:last].clone(), state, own, lr)
+        optimizer.step(weights, flat(gradients)[first:last].clone(), state, lr)
     assert state.num_steps == NUM_STEPS
     return weights
 
@@ -125,16 +150,16 @@ def test_slices_are_updated_as_the_whole_is(dtype: torch.dtype) -> None:
 def test_the_factor_and_the_parameters_are_one_with_the_update() -> None:
     """The bits are those of a pass that multiplies the gradients, the update, and a pass that rounds the weights."""
     start, gradients = flat(start_values(torch.float32)), flat(gradients_of_steps(torch.float32)[0])
-    parameters, optimizer = torch.zeros(layout().size, dtype=torch.bfloat16), AdamW(CONFIG)
-    states, weights = [optimizer.init_state(start) for _ in range(2)], [start.clone() for _ in range(2)]
+    parameters, optimizer = torch.zeros(layout().size, dtype=torch.bfloat16), adamw()
+    states, weights = [state_for(optimizer, start) for _ in range(2)], [start.clone() for _ in range(2)]
     before = gradients.clone()
-    optimizer.step(weights[0], gradients, states[0], runs(), 1e-2, factor=0.123, parameters=parameters)
-    optimizer.step(weights[1], gradients * 0.123, states[1], runs(), 1e-2)
-    assert torch.equal(weights[0], weights[1]) and torch.equal(states[0].second, states[1].second)
+    optimizer.step(weights[0], gradients, states[0], 1e-2, factor=0.123, parameters=parameters)
+    optimizer.step(weights[1], gradients * 0.123, states[1], 1e-2)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(states[0].tensors["second"], states[1].tensors["second"])
     assert torch.equal(parameters, weights[0].to(torch.bfloat16)) and torch.equal(gradients, before)
     # Negative control: Adam hides the size of a gradient from the weights, so the moments are compared as well.
-    optimizer.step(weights[1], gradients, states[1], runs(), 1e-2)
-    assert not torch.equal(states[0].second, states[1].second)
+    optimizer.step(weights[1], gradients, states[1], 1e-2)
+    assert not torch.equal(states[0].tensors["second"], states[1].tensors["second"])
 
 
 def test_padding_stays_zero() -> None:
@@ -148,24 +173,25 @@ def test_padding_stays_zero() -> None:
 def test_decay_is_decoupled() -> None:
     """With a gradient of zero the moments stay zero and the weights shrink by lr * decay, exactly once."""
     weights = torch.full((256,), 2.0, dtype=torch.float64)
-    optimizer = AdamW(CONFIG)
-    state = optimizer.init_state(weights)
-    optimizer.step(weights, torch.zeros_like(weights), state, [(slice(0, 256), True)], 0.1)
+    optimizer = adamw()
+    state = state_for(optimizer, weights)
+    optimizer.step(weights, torch.zeros_like(weights), state, 0.1)
     torch.testing.assert_close(weights, torch.full_like(weights, 2.0 * (1 - 0.1 * 0.3)), rtol=1e-15, atol=0)
-    assert not state.first.any() and not state.second.any()
+    assert not state.tensors["first"].any() and not state.tensors["second"].any()
 
 
 def test_the_first_step_moves_by_the_learning_rate() -> None:
     """Bias-corrected moments of one gradient are the gradient itself, whatever its size."""
     weights = torch.zeros(256, dtype=torch.float64)
-    optimizer = AdamW(OptimConfig(eps=1e-30))
+    optimizer = adamw(OptimConfig(eps=1e-30))
     gradients = torch.cat([torch.full((128,), 1e-9), torch.full((128,), -1e3)]).double()
-    optimizer.step(weights, gradients, optimizer.init_state(weights), [(slice(0, 256), False)], 0.25)
+    optimizer.step(weights, gradients, state_for(optimizer, weights, decays=False), 0.25)
     torch.testing.assert_close(weights, -0.25 * gradients.sign(), rtol=1e-12, atol=0)
 
 
 def test_state_is_in_the_dtype_of_the_weights() -> None:
     for dtype in (torch.float32, torch.float64):
-        state = AdamW(CONFIG).init_state(torch.ones(5, dtype=dtype))
-        assert state.first.dtype == state.second.dtype == dtype and state.num_steps == 0
-        assert state.first.data_ptr() != state.second.data_ptr()
+        state = state_for(adamw(), torch.ones(256, dtype=dtype))
+        first, second = state.tensors["first"], state.tensors["second"]
+        assert first.dtype == second.dtype == dtype and state.num_steps == 0
+        assert first.shape == second.shape == (256,) and first.data_ptr() != second.data_ptr()

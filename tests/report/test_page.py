@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config import key_help, load_config
+from megatron_lite.planner.memory import CATEGORIES
 from megatron_lite.report.chart import DARK_STYLE, STYLE
 from megatron_lite.report.markup import VOID, Markup, tag
+from megatron_lite.report.memory import memory_rows
 from megatron_lite.report.page import page
 from megatron_lite.report.run import Run, read_run
 from megatron_lite.report.settings import settings_of
 from megatron_lite.report.summary import facts_of
+from megatron_lite.utils import run_files
 from tests.report.run_folder import KEYS, NUM_STEPS, record, write_run
 
 EVIL = """</script><script>alert("1")</script>'&amp;<img src=x onerror=alert(2)>"""
@@ -117,6 +120,41 @@ def test_the_numbers_are_there(text: str) -> None:
     assert "2 of 1 in each data rank" not in texts and "layers 0–1" in texts
 
 
+def amounts(**places: int) -> dict[str, int]:
+    return {"device": 0, "host": 0, "disk": 0} | places
+
+
+def test_the_memory_of_the_largest_stage_is_there(tmp_path: Path, text: str) -> None:
+    small = {name: amounts(device=1 << 20) for name in (*CATEGORIES, "total")}
+    large = small | {"total": amounts(device=7 << 20, disk=9 << 20), "moments": amounts(disk=9 << 20)}
+    measured = {"parameters": amounts(device=3 << 20), "moments": amounts(disk=9 << 20)}
+    folder = write_run(tmp_path)
+    account = {"memory": {"predicted": [small, large], "measured": [{}, measured]}}
+    (folder / run_files.UTILISATION).write_text(json.dumps(account))
+    reader = Reader.of(page_of(folder))
+    assert not reader.complaints and "of a rank of stage 1, the largest" in reader.texts
+    found = memory_rows(folder)
+    assert found is not None and found[0] == 1
+    rows = {name: values for name, *values in found[1]}
+    assert rows["parameters"] == ["1.00 MiB", "3.00 MiB"] and rows["moments in files"] == ["9.00 MiB", "9.00 MiB"]
+    assert rows["total"] == ["7.00 MiB", ""] and rows["total in files"] == ["9.00 MiB", ""]
+    assert "Memory " not in Reader.of(text).texts, "a run that left no account has no table"
+    for broken in ("{", '{"memory": 5}', '{"memory": {"predicted": [], "measured": []}}', "[" * 100_000):
+        (folder / run_files.UTILISATION).write_text(broken)
+        assert memory_rows(folder) is None and "Memory " not in Reader.of(page_of(folder)).texts
+
+
+def test_the_layout_names_what_of_zero_is_not_usual(tmp_path: Path, text: str) -> None:
+    zero = ["parallel.tp=1", "parallel.dp=2", "train.global_batch_size=8"]
+    keys = [*zero, "parallel.zero_stage=3", "parallel.zero_group=1", "parallel.gather_policy=keep"]
+    keys += ["parallel.reduce_policy=microbatch", "offload.optimizer=cpu"]
+    texts = Reader.of(page_of(write_run(tmp_path / "zero", None, *keys))).texts
+    assert "ZeRO stage 3 in groups of 1, gather_policy=keep, reduce_policy=microbatch" in texts
+    assert "offloaded" in texts and "optimizer in main memory" in texts
+    usual = Reader.of(page_of(write_run(tmp_path / "usual", None, *zero))).texts
+    assert "ZeRO stage 1" in usual and "offloaded" not in usual
+
+
 def test_whatever_comes_from_the_disk_is_escaped(tmp_path: Path) -> None:
     evil = json.dumps(f"data/{EVIL}")
     keys = [f"data.train=[{evil}]", f"data.tokenizer={evil}", f"run.dir={evil}"]
@@ -148,7 +186,7 @@ def test_the_config_is_shown_with_what_was_changed() -> None:
     changed = {key for key, setting in settings.items() if setting.is_changed}
     # Given at their defaults, derived or not: min_lr, warmup_steps. Required: the sizes. Filled in: dp, decay_steps.
     assert changed == {"parallel.tp", "optim.lr"}
-    assert (settings["optim.lr"].value, settings["optim.lr"].default) == ("0.001", "0.0003")
+    assert settings["optim.lr"].value == "0.001" and settings["optim.lr"].default.startswith("0.0003; ")
     assert settings["parallel.dp"].value == "1" and settings["optim.decay_steps"].value == "9"
 
 
@@ -194,6 +232,13 @@ def test_what_the_metrics_do_not_hold_is_left_out(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path, bare))
     assert not Reader.of(text).complaints
     assert text.count("<figure") == 1 and "step 5 of 40" in text and "not finished" in text
+
+
+def test_a_batch_that_grows_is_shown_with_its_sizes(tmp_path: Path) -> None:
+    ramp = page_of(write_run(tmp_path / "ramp", None, "train.batch_rampup=[4,2,100]"))
+    plain = page_of(write_run(tmp_path / "plain"))
+    for words in ("up to 128 tokens a step", "sequences of 16 tokens, from 4 on by 2 more over 100 samples"):
+        assert words in ramp and words not in plain
 
 
 def test_a_resumed_run_is_marked(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_lite.data.prepare import prepare_corpus
 from megatron_lite.report.chart import Line, Panel, draw
 from megatron_lite.report.curves import write_picture
+from megatron_lite.report.page import page
 from megatron_lite.report.run import ReportError, read_run
 from megatron_lite.report.series import log_ticks, number, smoothed, thinned, ticks
 from megatron_lite.report.summary import facts_of, summary_table
@@ -47,6 +48,23 @@ def test_the_summary_has_the_numbers(folder: Path) -> None:
     ):
         assert part in text, text
     assert "384 MiB" in text and "not finished" not in text
+
+
+def test_skipped_steps_are_said(tmp_path: Path, folder: Path) -> None:
+    """A loss that is no number is not in its line, which is a record all the same."""
+    records = [record(step) | {"skipped_steps": min(step, 3)} for step in range(1, 31)]
+    for one in records[:3]:
+        del one["loss"], one["grad_norm"]
+    skipping = write_run(tmp_path / "skipping", records)
+    text = shown(skipping)
+    assert re.search(r"skipped steps +3 of 30 +\(a gradient overflowed in fp16\)", text), text
+    assert re.search(r"training loss +4\.8000 -> 3\.5000", text), text
+    assert "skipped steps" not in shown(folder)
+    assert "not a number" in page(read_run(skipping), []).lower()
+    write_picture(read_run(skipping))
+    only = write_run(tmp_path / "only", records[:1])
+    assert re.search(r"training loss +nan", shown(only))
+    page(read_run(only), [])
 
 
 @pytest.mark.parametrize(

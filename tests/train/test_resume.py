@@ -48,7 +48,7 @@ def job(
         position = restore(training, manifest)
         for state in training.optimizer_states.values():
             if forgets == "moments":
-                state.first.zero_()
+                state.tensors["first"].zero_()
         return dataclasses.replace(position, **{forgets: 0}) if forgets in ("samples", "tokens") else position
 
     loop.train_step, loop.restore = cut_off, forgetful
@@ -98,7 +98,8 @@ def test_bitwise(
     config = tiny_config(corpus, tmp_path, "again", *more, world_size=world_size)
     run(pool, config, 6)
     assert "going on from" in run(pool, config, 8) and len(read_metrics(tmp_path / "again")) == 7
-    assert "step-00000006, after step 6\n" in run(pool, config)
+    said = run(pool, config)
+    assert "step-00000006, after step 6\n" in said and "changed since" not in said
     assert same_numbers(tmp_path / "again", undisturbed[layout]) == []
 
 
@@ -122,7 +123,11 @@ def test_another_layout_batch_and_micro_batch_go_on_with_the_next_samples(
     folder = copy_of(cut_off, tmp_path)
     still = ("optim.lr=1e-12", "optim.min_lr=0", "train.num_steps=7", "optim.warmup_steps=0", "parallel.tp=2")
     more = (*still, *EVERY_3, "train.global_batch_size=16", "train.micro_batch_size=4")
-    run(pool, tiny_config(corpus, tmp_path, "cut-off", *more, world_size=4))
+    said = run(pool, tiny_config(corpus, tmp_path, "cut-off", *more, world_size=4))
+    (changed,) = [line for line in said.splitlines() if line.startswith("changed since then: ")]
+    for part in ("train.micro_batch_size 2 -> 4", "train.global_batch_size 8 -> 16", "optim.lr 0.01 -> 1e-12"):
+        assert part in changed, changed
+    assert "parallel.tp" not in changed and "train.num_steps" not in changed, "they change no number"
     large = read_metrics(folder)[-1]
     assert (large["step"], large["tokens"]) == (7, read_metrics(undisturbed["single"])[7]["tokens"])
     checkpoint = json.loads((folder / "checkpoints" / "step-00000007" / "checkpoint.json").read_text())

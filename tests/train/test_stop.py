@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from megatron_lite.distributed.worker_pool import WorkerError, WorkerPool
 from megatron_lite.train import loop
 from megatron_lite.train.build import layout_of
 from megatron_lite.train.loop import TrainResult, train
-from megatron_lite.train.stop import StopSignals
+from megatron_lite.train.stop import SIGNALS, Stopped, StopSignals
 from megatron_lite.utils import run_files
 from tests.train.tiny_run import NUM_STEPS, read_metrics, same_numbers, tiny_config
 
@@ -28,7 +30,7 @@ from tests.train.tiny_run import NUM_STEPS, read_metrics, same_numbers, tiny_con
 def stopped_job(config: RunConfig, number: int, step: int, rank: int) -> tuple[TrainResult, bool]:
     """A run in which one rank gets a signal while it takes a step, and whether all handlers are as they were."""
     mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
-    take_step, handlers = loop.train_step, [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    take_step, handlers = loop.train_step, [signal.getsignal(one) for one in SIGNALS]
 
     def signalled(training, microbatches):  # type: ignore[no-untyped-def]
         if training.num_steps + 1 == step and mesh.rank == rank:
@@ -41,17 +43,30 @@ def stopped_job(config: RunConfig, number: int, step: int, rank: int) -> tuple[T
         result = train(config, mesh=mesh)
     finally:
         loop.train_step = take_step
-    return result, [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    return result, [signal.getsignal(one) for one in SIGNALS] == handlers
 
 
-@pytest.mark.parametrize(("number", "layout"), [(signal.SIGTERM, "parallel.tp=1"), (signal.SIGINT, "parallel.tp=2")])
+@pytest.mark.parametrize(
+    ("number", "layout", "code"),
+    [
+        (signal.SIGTERM, "parallel.tp=1", 75),
+        (signal.SIGINT, "parallel.tp=2", 130),
+        (signal.SIGUSR1, "parallel.pp=2", 75),
+    ],
+)
 def test_all_ranks_stop_after_the_same_step_and_the_same_command_goes_on(
-    pool: WorkerPool, corpus: Path, tmp_path: Path, number: signal.Signals, layout: str
+    pool: WorkerPool, corpus: Path, tmp_path: Path, number: signal.Signals, layout: str, code: int
 ) -> None:
     config = tiny_config(corpus, tmp_path, "stopped", layout, world_size=2)
     results = pool.run(stopped_job, 2, config, number, 5, 1, timeout_s=90)
     for result, is_restored in results:
-        assert (result.last.step, result.stopped_by, result.exit_code) == (5, number, 128 + number) and is_restored
+        assert (result.last.step, result.stopped_by, result.exit_code) == (5, number, code) and is_restored
+    requeue = tmp_path / "stopped" / run_files.REQUEUE
+    if code == 75:
+        checkpoint = tmp_path / "stopped" / run_files.CHECKPOINTS / "step-00000005"
+        assert requeue.read_text() == f"{number.name} 5 {checkpoint}\n"
+    else:
+        assert not requeue.exists(), "Ctrl-C is no wish to be started again"
     checkpoints = tmp_path / "stopped" / run_files.CHECKPOINTS
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000005"]
     assert len(read_metrics(tmp_path / "stopped")) == 5
@@ -78,31 +93,98 @@ def test_a_signal_in_the_last_step_changes_nothing(pool: WorkerPool, corpus: Pat
 
 BUSY = """
 import hashlib, sys, time
-from megatron_lite.train.stop import StopSignals
+from megatron_lite.train.stop import SIGNALS, Stopped, StopSignals
 with StopSignals(announce=True) as signals:
+    if sys.argv[1:]:
+        signals.hold(float(sys.argv[1]))
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # many minutes in which no Python runs in the main thread
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) -> None:
+@contextlib.contextmanager
+def busy(*args: object) -> Iterator[subprocess.Popen[str]]:
+    """A process whose main thread is stuck. args: the grace time in seconds, if it holds signals."""
     with subprocess.Popen(
-        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", BUSY, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
         try:
             assert process.stdout.readline() == "ready\n"
-            process.send_signal(number)
-            said = process.stderr.readline()
-            assert said == f"{number.name}: stopping; once more ends at once\n"
-            process.send_signal(number)  # the launcher that passes the same Ctrl-C on
-            time.sleep(SAME_WISH_S + 0.5)
-            assert process.poll() is None
-            process.send_signal(number)
-            assert process.wait(timeout=30) == 128 + number
+            yield process
         finally:
             process.kill()
+
+
+def said_by(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return process.stderr.readline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) -> None:
+    with busy(600) as process:
+        process.send_signal(number)
+        assert said_by(process) == f"{number.name}: stopping; once more ends at once\n"
+        process.send_signal(number)  # the launcher that passes the same Ctrl-C on
+        time.sleep(SAME_WISH_S + 0.5)
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
+
+
+def test_what_a_scheduler_sends_after_sigusr1_cuts_no_checkpoint_short() -> None:
+    with busy(600) as process:
+        process.send_signal(signal.SIGUSR1)
+        assert said_by(process).startswith("SIGUSR1: stopping")
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            time.sleep(SAME_WISH_S + 0.2)
+            process.send_signal(number)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)  # a person's is another wish
+        assert process.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_before_the_ranks_have_met_a_signal_ends_the_process(number: signal.Signals, code: int) -> None:
+    with busy() as process:
+        process.send_signal(number)
+        assert process.wait(timeout=30) == code
+        assert said_by(process) == f"stopped by {number.name} before the first step; nothing is lost\n"
+
+
+def test_the_grace_time_ends_a_process_that_cannot_stop() -> None:
+    with busy(1.5) as process:
+        started = time.monotonic()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=30) == 128 + signal.SIGUSR1
+        assert 1 < time.monotonic() - started < 10
+        said_by(process)
+        assert said_by(process) == "the run could not stop within 1.5 s; its last checkpoint stands\n"
+
+
+def signalled_at_start(config: RunConfig, number: int) -> object:
+    """A run whose second rank has had a signal when it begins."""
+    mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
+    with StopSignals(announce=False) as signals:
+        signals.hold(600)
+        if mesh.rank == 1:
+            os.kill(os.getpid(), number)
+            while not signals.requested:
+                time.sleep(0.01)
+        with pytest.raises(Stopped) as caught:
+            train(config, mesh=mesh, signals=signals)
+    return caught.value.number
+
+
+def test_a_signal_before_the_first_step_stops_every_rank_and_leaves_the_mark(
+    pool: WorkerPool, corpus: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(corpus, tmp_path, "early", world_size=2)
+    assert pool.run(signalled_at_start, 2, config, signal.SIGUSR1, timeout_s=90) == [signal.SIGUSR1] * 2
+    assert (tmp_path / "early" / run_files.REQUEUE).read_text() == "SIGUSR1 - -\n"
+    assert not (tmp_path / "early" / run_files.METRICS).exists()
 
 
 def test_outside_the_main_thread_nothing_is_taken_over() -> None:
@@ -123,6 +205,7 @@ def lose_a_peer(number: int) -> None:
     """What happens to a rank whose launcher ends it, because another one has died."""
     signal.signal(number, signal.SIG_DFL)
     with StopSignals(announce=False) as signals:
+        signals.hold(600)
         os.kill(os.getpid(), number)
         deadline = time.monotonic() + 30
         while not signals.requested and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to `megatron-lite train`: a checkpoint, one line that says where and how to go on, 130 or 143."""
+"""Signals to `megatron-lite train`: a checkpoint, one line that says where and how to go on, and 75 or 130."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.train.build import layout_of
 from megatron_lite.train.loop import train
+from megatron_lite.utils import run_files
 from tests.train.commands import TORCHRUN, Job, write_config
 from tests.train.tiny_run import read_metrics, same_numbers
 
@@ -27,7 +28,17 @@ CASES: dict[str, tuple[int, list[str] | None, str, signal.Signals]] = {
     "ctrl-c five times in a terminal, 2 ranks": (2, None, "all, five times", signal.SIGINT),
     "sigterm, one process": (1, None, "launcher", signal.SIGTERM),
     "ctrl-c, one process": (1, None, "launcher", signal.SIGINT),
+    "sigusr1 to the launcher, 2 ranks": (2, None, "launcher", signal.SIGUSR1),
+    "sigusr1 to every process, 2 ranks": (2, None, "all", signal.SIGUSR1),
+    "sigterm to every process, 2 ranks": (2, None, "all", signal.SIGTERM),
+    "sigusr1, one process": (1, None, "launcher", signal.SIGUSR1),
     "sigterm to torchrun": (2, [*TORCHRUN, "--nproc-per-node", "2", "-m", "megatron_lite"], "launcher", signal.SIGTERM),
+    "sigusr1 to torchrun, which is told to pass it on": (
+        2,
+        [*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGUSR1", "--nproc-per-node", "2", "-m", "megatron_lite"],
+        "launcher",
+        signal.SIGUSR1,
+    ),
 }
 
 
@@ -53,7 +64,8 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(corpus: Path, tmp_path: P
             time.sleep(0.05)
         code = job.wait()
         said = job.said()
-    assert program is not None or code == 128 + number, said  # torchrun has exit codes of its own
+    is_person = number == signal.SIGINT
+    assert code == (1 if program is not None else 130 if is_person else 75), said  # torchrun has codes of its own
     stopped = re.search(
         rf"^the run was stopped by {number.name} after step (\d+); its state is in (\S+), and the same command "
         r"\(without --overwrite\) goes on from there$",
@@ -67,11 +79,15 @@ def test_a_stopped_run_leaves_a_checkpoint_and_goes_on(corpus: Path, tmp_path: P
     step, checkpoint = int(stopped[1]), Path(stopped[2])
     assert checkpoint.name == f"step-{step:08d}" and (checkpoint / "checkpoint.json").is_file()
     assert job.num_records() == step
+    requeue = job.metrics.parent / run_files.REQUEUE
+    assert requeue.exists() != is_person
+    assert is_person or requeue.read_text() == f"{number.name} {step} {checkpoint}\n"
     assert [path.name for path in job.checkpoints.iterdir()] == [checkpoint.name]
 
     with Job(config, *processes(nproc, program), f"train.num_steps={step + 2}", program=program) as job:
         assert job.wait() == 0, job.said()
         assert f"going on from {checkpoint}, after step {step}\n" in job.said()
+    assert not requeue.exists()
     assert [record["step"] for record in read_metrics(job.metrics.parent)] == list(range(1, step + 3))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_lite.distributed.topology import Layout
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.flops import model_flops_per_token
 from megatron_lite.models.transformer import Transformer
+from megatron_lite.train import utilisation
 from megatron_lite.train.utilisation import Peak, find_peak
 
 BATCH, SEQ_LEN = 2, 16
@@ -61,6 +63,18 @@ def test_a_layer_with_a_sliding_window_needs_what_its_tokens_see(window: int) ->
 def measure() -> Peak:
     mesh = build_mesh(Layout(dp=torch.distributed.get_world_size()), device=torch.device("cpu"))
     return find_peak(mesh, torch.float32)
+
+
+def test_a_cpu_without_products_in_fp16_has_the_peak_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run in fp16 would use several times what there is."""
+    speeds = {torch.float16: 1e9, torch.float32: 1e11, torch.bfloat16: 2e9}
+    monkeypatch.setattr(utilisation, "_measure", lambda mesh, dtype: speeds[dtype])
+    monkeypatch.setattr(utilisation.collectives, "all_reduce", lambda tensor, axis, op="sum": tensor)
+    mesh: Any = SimpleNamespace(device=torch.device("cpu"), world=None)
+    assert find_peak(mesh, torch.float16) == Peak("CPU", "float32", "measured matmul", 1e11)
+    speeds[torch.float16] = 4e11
+    assert find_peak(mesh, torch.float16) == Peak("CPU", "float16", "measured matmul", 4e11)
+    assert find_peak(mesh, torch.bfloat16) == Peak("CPU", "bfloat16", "measured matmul", 2e9)
 
 
 def test_the_peak_is_of_all_ranks_together(pool: WorkerPool) -> None:

@@ -19,4 +19,5 @@ def mesh(**indices: tuple[int, int]) -> Mesh:
     layout = Layout(**{name: one.size for name, one in axes.items()})
     rank = layout.rank(**{name: one.index for name, one in axes.items()})
     world = axis("world", layout.world_size, rank)
-    return Mesh(layout, rank, torch.device("cpu"), pp_return=axes["pp"], world=world, **axes)
+    groups = {"shard": axes["dp"], "replica": axis("replica")}
+    return Mesh(layout, rank, torch.device("cpu"), pp_return=axes["pp"], world=world, **groups, **axes)

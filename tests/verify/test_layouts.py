@@ -19,7 +19,10 @@ from megatron_lite.verify.layouts import (
     matrix,
     parse,
     pipeline_matrix,
+    zero_matrix,
 )
+
+EVERY = [*matrix(), *pipeline_matrix(), *zero_matrix()]
 
 KEYS = (
     "model.family=llama",
@@ -39,20 +42,21 @@ def config(*keys: str) -> RunConfig:
     return load_config(None, [*KEYS, *keys])
 
 
-@pytest.mark.parametrize("layout", [*matrix(), *pipeline_matrix()], ids=str)
+@pytest.mark.parametrize("layout", EVERY, ids=str)
 def test_text_and_back(layout: ProofLayout) -> None:
     assert parse(str(layout)) == layout
 
 
 def test_texts_are_short() -> None:
-    for text in ("single", "pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=4,zb-v", "pp=2,v=2,zb-h1,recompute=full"):
+    for text in ("single", "pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=4,zb-v", "pp=2,v=2,zb-h1,recompute=full",
+                 "dp=2,zero=2", "dp=4,group=2,zero=3,keep,reduce=microbatch", "dp=2,reduce=microbatch"):  # fmt: skip
         assert str(parse(text)) == text
     assert str(parse("pp=2,interleaved,v=1")) == "pp=2,v=1,interleaved"
     assert str(parse("interleaved,pp=2")) == "pp=2,v=2,interleaved"
 
 
 def test_texts_differ_where_layouts_do() -> None:
-    layouts = {*matrix(), *pipeline_matrix()}
+    layouts = set(EVERY)
     assert len({str(layout) for layout in layouts}) == len(layouts)
 
 
@@ -72,6 +76,12 @@ def test_texts_differ_where_layouts_do() -> None:
         ("pp=2,interleaved,v=3", ProofLayout(pp=2, schedule="interleaved", virtual_stages=3)),
         ("pp=4,zb-v", ProofLayout(pp=4, schedule="zb-v", virtual_stages=2)),
         ("pp=2,zb-h1,recompute=full", ProofLayout(pp=2, schedule="zb-h1", recompute="full")),
+        ("dp=2,zero=2", ProofLayout(dp=2, zero_stage=2)),
+        ("dp=2,zero=2,reduce=microbatch", ProofLayout(dp=2, zero_stage=2, reduce_policy="microbatch")),
+        ("dp=2,reduce=step", ProofLayout(dp=2)),
+        ("keep,dp=4,group=2,zero=3", ProofLayout(dp=4, zero_stage=3, zero_group=2, gather_policy="keep")),
+        ("dp=4,group=1", ProofLayout(dp=4, zero_group=1)),
+        ("dp=4,group=4", ProofLayout(dp=4)),
         ("pp=2,recompute=none+selective", ProofLayout(pp=2, recompute="none+selective")),
         ("tp=2,pp=2,my/own.csv,v=2", ProofLayout(tp=2, pp=2, schedule="my/own.csv", virtual_stages=2)),
     ],
@@ -88,7 +98,10 @@ def test_parse(text: str, layout: ProofLayout) -> None:
         ("tp=-1", "tp=-1"),
         ("tp=two", "tp=two"),
         ("tp", "tp"),
-        ("zero=2", "zero=2"),
+        ("zero=4", "zero=4"),
+        ("dp=2,zero=3,regather", "regather"),
+        ("dp=2,reduce=both", "reduce=both"),
+        ("dp=2,group=0", "group=0"),
         ("sp=1", "sp=1"),
         ("pp=2,GPipe", "GPipe"),
         ("pp=2,gpipe=1", "gpipe=1"),
@@ -107,6 +120,7 @@ def test_errors_name_the_part_that_is_not_understood(text: str, part: str) -> No
     message = str(caught.value)
     assert f"{part!r} is not understood" in message and repr(text) in message
     assert "tp=2,pp=2,dp=2,sp,gpipe,zero=0" in message  # an example of what is
+    assert "'default', 'all', 'pipeline', 'zero'" in message
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,8 @@ def test_errors_name_the_part_that_is_not_understood(text: str, part: str) -> No
         ("pp=2,pp=4", "'pp=4' contradicts"),
         ("pp=2,gpipe,zb-h1", "'zb-h1' contradicts"),
         ("pp=2,single", "'single' contradicts"),
+        ("dp=2,zero=2,keep", "keep concerns zero=3; leave it out, or add zero=3"),
+        ("dp=2,zero=2,zero=3", "'zero=3' contradicts"),
     ],
 )
 def test_errors_say_what_does_not_go_together(text: str, says: str) -> None:
@@ -137,7 +153,11 @@ def test_the_matrix_is_the_cross_product_of_what_differs() -> None:
     assert ProofLayout() in layouts and ProofLayout(tp=2, pp=2, dp=2) in layouts
     for axis in ("tp", "pp", "dp"):
         assert {getattr(layout, axis) for layout in layouts} == {1, 2, 4}
-    for what, values in (("schedule", {"1f1b", "gpipe"}), ("zero_stage", {0, 1}), ("sequence_parallel", {False, True})):
+    for what, values in (
+        ("schedule", {"1f1b", "gpipe"}),
+        ("zero_stage", {0, 1, 2, 3}),
+        ("sequence_parallel", {False, True}),
+    ):
         assert {getattr(layout, what) for layout in layouts if layout.world_size == 8} == values
 
 
@@ -155,10 +175,11 @@ def test_no_two_layouts_of_the_matrix_say_the_same() -> None:
         for layout in matrix()
     )
     assert set(meanings.values()) == {1}
-    # And none is missing: per (tp, pp, dp) two choices for each of the three that mean something.
+    # And none is missing: per (tp, pp, dp) two schedules, four ZeRO stages and two of sequence parallelism, where each
+    # means something.
     sizes = {(layout.tp, layout.pp, layout.dp) for layout in matrix()}
     assert sizes == {(t, p, d) for t in (1, 2, 4) for p in (1, 2, 4) for d in (1, 2, 4) if t * p * d <= 8}
-    assert sum(2 ** sum(size > 1 for size in layout) for layout in sizes) == len(matrix())
+    assert sum(2 ** (t > 1) * 2 ** (p > 1) * 4 ** (d > 1) for t, p, d in sizes) == len(matrix())
 
 
 def test_smaller_matrices() -> None:
@@ -169,12 +190,15 @@ def test_smaller_matrices() -> None:
 def test_the_base_keeps_what_may_change_bits_and_nothing_else() -> None:
     assert str(parse("tp=2,pp=2,dp=2,sp,gpipe,zero=0").base()) == "tp=2,dp=2,sp"
     assert parse("pp=4,gpipe").base() == parse("pp=8,zb-v,recompute=full").base() == ProofLayout()
-    for layout in (*matrix(), *pipeline_matrix()):
+    assert str(parse("pp=2,dp=4,group=2,zero=3,keep,reduce=microbatch").base()) == "dp=4,group=2,reduce=microbatch"
+    assert parse("dp=2,zero=3,keep,reduce=step").base() == parse("dp=2,zero=0").base() == parse("dp=2")
+    for layout in EVERY:
         base = layout.base()
         assert base.base() == base
         assert (base.tp, base.dp, base.sequence_parallel) == (layout.tp, layout.dp, layout.sequence_parallel)
         assert (base.pp, base.schedule, base.zero_stage) == (1, "1f1b", 1)
-        assert (base.virtual_stages, base.recompute) == (1, "none")
+        assert (base.virtual_stages, base.recompute, base.gather_policy) == (1, "none", "regather")
+        assert (base.zero_group, base.reduce_policy) == (layout.zero_group, layout.reduce_policy)
 
 
 def test_each_axis_alone() -> None:
@@ -183,6 +207,10 @@ def test_each_axis_alone() -> None:
     found = {name: str(layout) for name, layout in parse("tp=2,pp=2,zb-v,recompute=none+selective").single_axes()}
     assert found == {"tp": "tp=2", "pp": "pp=2,zb-v", "recompute": "recompute=selective"}
     assert [name for name, _ in parse("v=2,interleaved").single_axes()] == ["pp"]
+    found = {
+        name: str(layout) for name, layout in parse("pp=2,dp=4,group=2,zero=3,keep,reduce=microbatch").single_axes()
+    }
+    assert found == {"pp": "pp=2,zero=3,keep,reduce=microbatch", "dp": "dp=4,group=2,zero=3,keep,reduce=microbatch"}
     assert list(ProofLayout().single_axes()) == []
 
 
@@ -200,7 +228,13 @@ def test_apply() -> None:
     saves_less = config("parallel.recompute=full", "parallel.recompute_layers=2")
     assert parse("pp=2,recompute=full").apply(saves_less).parallel.recompute_layers == 2
     assert parse("pp=2").apply(saves_less).parallel.recompute_layers == 1
+    p = parse("dp=4,group=2,zero=3,keep,reduce=step").apply(config()).parallel
+    assert (p.zero_stage, p.zero_group, p.gather_policy, p.reduce_policy) == (3, 2, "keep", "step")
+    p = parse("dp=4,zero=1").apply(config("parallel.zero_stage=3", "parallel.zero_group=2", "parallel.dp=4",
+                                          "parallel.gather_policy=keep")).parallel  # fmt: skip
+    assert (p.zero_stage, p.zero_group, p.gather_policy, p.reduce_policy) == (1, None, "auto", "step")
     refusals = {
+        "dp=4,group=3": "model.num_heads=8",
         "tp=8": "model.num_heads=4",
         "pp=8": "model.num_layers=7",
         "dp=8": "train.global_batch_size=4",
@@ -224,6 +258,9 @@ def test_the_layout_of_a_config() -> None:
     assert layout_of_config(config("parallel.dp=64", "train.global_batch_size=64")) == ProofLayout(dp=8)
     assert layout_of_config(config("parallel.sequence_parallel=true")) == ProofLayout(dp=8)
     assert layout_of_config(config("parallel.tp=8", "parallel.pp=2")) is None
+    keys = ("parallel.zero_stage=3", "parallel.zero_group=2", "parallel.gather_policy=keep", "parallel.dp=4")
+    assert str(layout_of_config(config(*keys))) == "dp=4,group=2,zero=3,keep"
+    assert str(layout_of_config(config(*keys, "parallel.zero_group=4"))) == "dp=4,zero=3,keep"
     keys = ("parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.dp=1")
     own = layout_of_config(config(*keys, "parallel.recompute=[full,full]"))
     assert str(own) == "pp=2,v=2,interleaved,recompute=full"
@@ -239,6 +276,7 @@ def test_default_layouts_have_the_own_first_each_axis_and_no_repeats() -> None:
     texts = {str(layout) for layout in layouts}
     assert {"tp=2", "pp=2", "dp=2", "tp=2,sp", "pp=2,gpipe", "dp=2,zero=0"} <= texts
     assert {"pp=2,zb-h1", "pp=2,v=2,interleaved", "pp=2,zb-v", "pp=2,recompute=full"} <= texts
+    assert {layout.zero_stage for layout in layouts} == {0, 1, 2, 3}
 
 
 def test_the_pipeline_matrix_has_every_combination() -> None:
@@ -262,6 +300,22 @@ def test_the_pipeline_matrix_has_every_combination() -> None:
     assert {layout.tp for layout in layouts} == {1}
 
 
+def test_the_zero_matrix_has_every_stage_with_every_policy() -> None:
+    layouts = zero_matrix()
+    assert len(layouts) == len(set(layouts)) and max(layout.world_size for layout in layouts) == MAX_RANKS
+    policies = {(one.zero_stage, one.gather_policy, one.reduce_policy) for one in layouts}
+    regathered = {(stage, "regather", reduce) for stage in (0, 1, 2, 3) for reduce in ("step", "microbatch")}
+    assert policies == regathered | {(3, "keep", "step"), (3, "keep", "microbatch")}
+    for policy in policies:
+        alike = [one for one in layouts if (one.zero_stage, one.gather_policy, one.reduce_policy) == policy]
+        assert {one.dp for one in alike} == {2, 4} and {one.zero_group for one in alike} == (
+            {0, 2} if policy[0] else {0}
+        )
+        assert {one.schedule for one in alike} == {"1f1b", "interleaved", "zb-h1", "zb-v"}
+        assert {one.recompute for one in alike} == {"none", "selective", "full"}
+    assert {one.schedule for one in zero_matrix(SCHEDULE_RULES)} == set(SCHEDULE_RULES)
+
+
 def test_what_a_layout_asks_of_a_model() -> None:
     assert parse("pp=4,dp=2,zb-v").num_chunks == 8
 
@@ -271,10 +325,13 @@ def test_the_words_that_stand_for_layouts() -> None:
     assert layouts_asked_for("default") == [] and choose_layouts("default", deep) == default_layouts(deep)
     assert choose_layouts("all", deep) == layouts_asked_for("all") == matrix()
     assert choose_layouts("pipeline", deep) == layouts_asked_for("pipeline") == pipeline_matrix()
+    assert choose_layouts("zero", deep) == layouts_asked_for("zero") == zero_matrix()
     assert 0 < len(choose_layouts("pipeline", config())) < len(pipeline_matrix()), "of four layers"
     named = "pp=4,zb-v; pp=2,recompute=full;pp=4,zb-v"
     assert [str(layout) for layout in choose_layouts(named, deep)] == ["pp=4,zb-v", "pp=2,recompute=full"]
     with pytest.raises(ConfigError):
         choose_layouts(named, config())
-    with pytest.raises(ValueError, match="names no layout"):
+    with pytest.raises(ValueError, match="names no layout; write 'default', 'all', 'pipeline', 'zero', or layouts"):
         layouts_asked_for(" ; ")
+    with pytest.raises(ValueError, match="'zeros' is not understood; --layouts takes 'default', 'all', 'pipeline'"):
+        layouts_asked_for("zeros")

@@ -56,6 +56,17 @@ def test_every_shipped_model(path: Path, dtype: str) -> None:
     assert expected <= texts
 
 
+def test_a_batch_that_grows_has_one_size_in_a_proof() -> None:
+    """The batches of a proof are its own; the factor on the embedding's gradient is what a layout can get wrong."""
+    path = MODELS[0]
+    keys = ("train.batch_rampup=[64,32,1000]", "train.global_batch_size=128", "train.embedding_gradient_scale=0.1")
+    whole = of_model(path, *keys)
+    small = shrink(whole, "float64")
+    assert whole.train.batch_rampup is not None and small.train.batch_rampup is None
+    assert small.train.embedding_gradient_scale == 0.1
+    check(whole, small)
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_can_be_proven_in_its_own_layout(path: Path) -> None:
     whole = load_config(path)

@@ -11,7 +11,8 @@ from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import ParameterSpec
 from megatron_lite.zero.bucket import Bucket
 from megatron_lite.zero.partition import ALIGNMENT, Interval, lay_out
-from tests.models.tiny import model_config, some_values
+from tests.models.tiny import model_config
+from tests.zero.buckets import bucket_of, memory_plan
 
 CONFIGS = {
     "llama": model_config(),
@@ -35,25 +36,10 @@ def layer_bucket(
 ) -> Bucket:
     """The bucket of the first layer as rank ``tp[1]`` of ``tp[0]`` and ``dp[1]`` of ``dp[0]`` holds it."""
     specs = layer_specs(config)
-    parameters = {name: nn.Parameter(spec.take_shard(some_values(spec), *tp)) for name, spec in specs.items()}
-    layout = lay_out("layers.0", [(name, tuple(p.shape)) for name, p in parameters.items()], dp[0])
-    bucket = make(layout_region=layout.slice(dp[1]) if stage else layout.whole, layout=layout, parameters=parameters)
+    shapes = [(name, spec.shard(*tp).shape) for name, spec in specs.items()]
+    bucket = bucket_of(lay_out("layers.0", shapes, dp[0]), memory_plan(dp=dp, stage=stage))
     bucket.describe(specs, *tp, is_sequence)
     return bucket
-
-
-def make(  # type: ignore[no-untyped-def]
-    layout, parameters, layout_region: Interval | None = None, shared_with: Bucket | None = None, dtype=torch.float64
-) -> Bucket:
-    return Bucket(
-        layout,
-        parameters,
-        region=layout_region or layout.whole,
-        param_dtype=dtype,
-        grad_dtype=torch.float32 if dtype == torch.bfloat16 else dtype,
-        device=torch.device("cpu"),
-        shared_with=shared_with,
-    )
 
 
 # Decay
@@ -98,16 +84,18 @@ def global_sum(config: ModelConfig, tp: int, is_sequence: bool, replicas_meet: b
     assert len(sizes) == 1, "the buffers of all ranks are added"
     total = torch.zeros(sizes.pop(), dtype=torch.float64)
     for rank, bucket in enumerate(buckets):
-        bucket.gradients.fill_(rank + 1)
+        bucket.gradients.kept.fill_(rank + 1)
         for part in bucket.partial_sums:
             assert part.local.size == part.place.size > 0
-            total[part.place.start : part.place.stop] += bucket.gradients[part.local.start : part.local.stop]
+            total[part.place.start : part.place.stop] += bucket.gradients.kept[part.local.start : part.local.stop]
     result = {}
     for rank, bucket in enumerate(buckets):
         for part in bucket.partial_sums:
-            bucket.gradients[part.local.start : part.local.stop] = total[part.place.start : part.place.stop]
+            bucket.gradients.kept[part.local.start : part.local.stop] = total[part.place.start : part.place.stop]
         for slot in bucket.layout.slots:
-            result[f"{rank} {slot.name}"] = bucket.gradients[slot.interval.start : slot.interval.stop].view(slot.shape)
+            result[f"{rank} {slot.name}"] = bucket.gradients.kept[slot.interval.start : slot.interval.stop].view(
+                slot.shape
+            )
     return result
 
 
@@ -172,8 +160,7 @@ def test_every_element_counts_on_exactly_one_rank(config: ModelConfig, tp: int) 
 def test_a_tied_parameter_does_not_count() -> None:
     table = {spec.name: spec for spec in parameter_table(model_config(tie_embeddings=True))}
     for name, is_counted in (("embedding.tokens.weight", True), ("head.weight", False)):
-        parameters = {name: nn.Parameter(some_values(table[name]))}
-        bucket = make(lay_out(name, [(name, table[name].shape)], 1), parameters)
+        bucket = bucket_of(lay_out(name, [(name, table[name].shape)], 1), memory_plan())
         bucket.describe(table, 1, 0, False)
         assert bucket.uncounted == ([] if is_counted else [Interval(0, 97 * 32)])
 
@@ -182,8 +169,8 @@ def test_a_tied_parameter_does_not_count() -> None:
 
 
 def one_parameter(dtype: torch.dtype, shape: tuple[int, ...] = (5, 7)) -> tuple[nn.Parameter, Bucket]:
-    parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype))
-    return parameter, make(lay_out("unit", [("w", shape)], 2), {"w": parameter}, dtype=dtype)
+    bucket = bucket_of(lay_out("unit", [("w", shape)], 2), memory_plan(dtype, stage=0))
+    return bucket.parameters["w"], bucket
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,9 +181,9 @@ def test_parameters_gradients_and_master_weights_are_one_memory(dtype: torch.dty
     for times in (1, 2):
         (x @ parameter).sum().backward()
         gradient = times * x.sum(dim=0)[:, None].expand(5, 7)
-        torch.testing.assert_close(bucket.gradients[:35].view(5, 7), gradient)
-        assert parameter.grad is not None and parameter.grad.data_ptr() == bucket.gradients.data_ptr()
-    assert not bucket.gradients[35:].any()
+        torch.testing.assert_close(bucket.gradients.kept[:35].view(5, 7), gradient)
+        assert parameter.grad is not None and parameter.grad.data_ptr() == bucket.gradients.kept.data_ptr()
+    assert not bucket.gradients.kept[35:].any()
     bucket.master.fill_(3)
     assert torch.equal(parameter, torch.full((5, 7), 3.0, dtype=dtype))
 
@@ -204,7 +191,7 @@ def test_parameters_gradients_and_master_weights_are_one_memory(dtype: torch.dty
 def test_bf16_gradients_are_added_in_fp32() -> None:
     """The sum of 300 bf16 gradients equals the fp32 sum of them bit by bit, which a sum in bf16 misses by far."""
     parameter, bucket = one_parameter(torch.bfloat16)
-    assert parameter.dtype == torch.bfloat16 and bucket.gradients.dtype == bucket.master.dtype == torch.float32
+    assert parameter.dtype == torch.bfloat16 and bucket.gradients.kept.dtype == bucket.master.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
     expected, in_bf16 = torch.zeros(5, 7), torch.zeros(5, 7, dtype=torch.bfloat16)
     for _ in range(300):
@@ -213,7 +200,7 @@ def test_bf16_gradients_are_added_in_fp32() -> None:
         expected += gradient.float()
         in_bf16 += gradient
         assert parameter.grad is None, "nothing is left behind in bf16"
-    assert torch.equal(bucket.gradients[:35].view(5, 7), expected)
+    assert torch.equal(bucket.gradients.kept[:35].view(5, 7), expected)
     assert not torch.allclose(in_bf16.float(), expected, rtol=1e-2)
 
 
@@ -221,18 +208,18 @@ def test_a_parameter_used_twice_in_one_backward_enters_once_as_a_sum() -> None:
     parameter, bucket = one_parameter(torch.bfloat16)
     x = torch.full((1, 5), 2.0, dtype=torch.bfloat16)
     ((x @ parameter).sum() + 3 * (x @ parameter).sum()).backward()
-    assert torch.equal(bucket.gradients[:35], torch.full((35,), 8.0))
+    assert torch.equal(bucket.gradients.kept[:35], torch.full((35,), 8.0))
 
 
 def test_a_tied_table_is_one_memory_with_two_gradients() -> None:
-    tables = {name: nn.Parameter(torch.zeros(4, 3, dtype=torch.float64)) for name in ("embedding", "head")}
-    owner, follower = (lay_out(name, [(name, (4, 3))], 1) for name in tables)
-    first = make(owner, {"embedding": tables["embedding"]})
-    second = make(follower, {"head": tables["head"]}, shared_with=first)
-    first.parameters[:12] = 5
-    assert tables["head"].data_ptr() == tables["embedding"].data_ptr() and (tables["head"] == 5).all()
-    tables["head"].sum().backward()
-    assert second.gradients[:12].eq(1).all() and not first.gradients.any()
+    owner, follower = (lay_out(name, [(name, (4, 3))], 1) for name in ("embedding", "head"))
+    first = bucket_of(owner, memory_plan())
+    second = bucket_of(follower, memory_plan(), shared_with=first)
+    first.flat[:12] = 5
+    embedding, head = first.parameters["embedding"], second.parameters["head"]
+    assert head.data_ptr() == embedding.data_ptr() and (head == 5).all()
+    head.sum().backward()
+    assert second.gradients.kept[:12].eq(1).all() and not first.gradients.kept.any()
 
 
 def test_replicated_pieces_are_contiguous_in_every_layout() -> None:

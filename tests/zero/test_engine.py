@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +14,13 @@ from torch import Tensor
 
 from megatron_lite.config import RunConfig, load_config
 from megatron_lite.data.loader import Microbatch
+from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import build_mesh
 from megatron_lite.distributed.worker_pool import WorkerPool
 from megatron_lite.models.families import parameter_table
 from megatron_lite.models.identity import assemble
+from megatron_lite.pipeline.instructions import Kind
+from megatron_lite.pipeline.prove import prove
 from megatron_lite.train.build import Training, build, layout_of
 from megatron_lite.train.step import apply_gradients, compute_gradients, gradient_norm
 from tests.models.tiny import some_values, token_ids
@@ -44,12 +51,12 @@ def config_of(*keys: str, world_size: int) -> RunConfig:
 
 
 def start(config: RunConfig) -> Training:
-    mesh = build_mesh(layout_of(config), device=torch.device("cpu"))
+    mesh = build_mesh(layout_of(config), device=torch.device("cpu"), zero_group=config.parallel.zero_group)
     return build(config, mesh=mesh, weights=lambda spec, tp, index: spec.take_shard(some_values(spec), tp, index))
 
 
 def batches(training: Training, step: int) -> list[Microbatch]:
-    tokens = token_ids(BATCH, LENGTH + 1, seed=step)
+    tokens = token_ids(training.config.train.global_batch_size, LENGTH + 1, seed=step)
     own = tokens.tensor_split(training.mesh.dp.size)[training.mesh.dp.index]
     return [Microbatch(row[None, :-1], row[None, 1:]) for row in own]
 
@@ -64,16 +71,32 @@ def padding_of(training: Training) -> list[Tensor]:
             used = is_used[slot.interval.start : slot.interval.stop].view(slot.shape)
             for piece in spec.shard(training.mesh.tp.size, training.mesh.tp.index).pieces:
                 used.narrow(spec.shard_dim or 0, piece.local, piece.size).fill_(True)
-        parts += [bucket.parameters[~is_used], bucket.gradients[~is_used]]
+        parts += [bucket.flat[~is_used]] if training.engine.stage < 3 else []
         region = slice(bucket.region.start, bucket.region.stop)
+        parts += [bucket.sums[~is_used[region]], bucket.values[~is_used[region]]]
         if bucket.shared_with is None:
             state = training.optimizer_states[bucket.layout.name]
-            parts += [tensor[~is_used[region]] for tensor in (bucket.master, state.first, state.second)]
+            parts.append(bucket.master[~is_used[region]])
+            for kind in state.tensors:
+                for start, held in state.parts(kind, region.start, region.stop):
+                    parts.append(held[~is_used[start : start + held.numel()]])
     return parts
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def parameters_in_use(training: Training) -> dict[str, Tensor]:
+    """What the model computes with, whole."""
+    engine, parameters = training.engine, {}
+    for bucket in engine.buckets.values():
+        flat = collectives.all_gather(bucket.values, training.mesh.shard) if engine.stage == 3 else bucket.flat
+        for slot in bucket.layout.slots:
+            parameters[slot.name] = flat[slot.interval.start : slot.interval.stop].view(slot.shape).clone()
+    return parameters
+
+
+def train(config: RunConfig, change: Callable[[Training], None] = lambda training: None) -> dict[str, Any]:
+    """change: of what was built."""
     training = start(config)
+    change(training)
     engine, norms = training.engine, []
     names = [name for name, _ in training.named_parameters()]
     gradients = {}
@@ -83,12 +106,11 @@ def train(config: RunConfig) -> dict[str, Any]:
             gradients = {name: engine.whole_gradient(name) for name in names}
         norms.append(apply_gradients(training)[0])
     padding = padding_of(training)
-    used = {name: parameter.detach().clone() for name, parameter in training.named_parameters()}
-    state = sum(s.first.numel() for s in training.optimizer_states.values())
+    state = sum(s.tensors["first"].numel() for s in training.optimizer_states.values())
     shares = {name: bucket.shared_with is not None for name, bucket in engine.buckets.items()}
     return {
         "parameters": {name: engine.whole_master(name) for name in names},
-        "used": used,
+        "used": parameters_in_use(training),
         "gradients": gradients,
         "norms": norms,
         "padding": sum(part.numel() for part in padding),
@@ -108,18 +130,24 @@ def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_stages_agree_in_every_bit(pool: WorkerPool, precision: str) -> None:
+    """Over two microbatches a rank, with nothing named but the stage."""
     runs = []
-    for stage in (0, 1):
+    for stage in range(4):
         config = config_of(f"parallel.zero_stage={stage}", f"train.precision={precision}", world_size=2)
         first, second = pool.run(train, 2, config)
         assert same_bits(first, second), "data-parallel ranks hold the same"
         assert first["dirty padding"] == second["dirty padding"] == 0 < first["padding"]
         runs.append(first)
-    assert same_bits(*runs)
-    assert runs[1]["state"] * 2 == runs[0]["state"]
-    # Negative control: one bit of one weight is noticed.
-    runs[1]["parameters"]["head.weight"][3, 3].nextafter_(torch.tensor(9.0))
-    assert not same_bits(*runs)
+    whole, *sliced = runs
+    assert [same_bits(one, whole) for one in sliced] == [True] * 3
+    assert [one["state"] * 2 for one in sliced] == [whole["state"]] * 3
+    # Negative controls: the order of the microbatches' additions is noticed, and one bit of one weight.
+    # The few bits of gradients in bf16 add up without rounding in fp32, in any order.
+    keys = ("parallel.zero_stage=2", "parallel.reduce_policy=microbatch", f"train.precision={precision}")
+    reordered, _ = pool.run(train, 2, config_of(*keys, world_size=2))
+    assert precision == "bf16" or not same_bits(reordered, whole)
+    whole["parameters"]["head.weight"][3, 3].nextafter_(torch.tensor(9.0))
+    assert not any(same_bits(one, whole) for one in sliced)
 
 
 def test_parameters_in_use_are_the_master_weights_rounded(pool: WorkerPool) -> None:
@@ -130,6 +158,30 @@ def test_parameters_in_use_are_the_master_weights_rounded(pool: WorkerPool) -> N
             assert torch.equal(result["used"][name], master.to(torch.bfloat16)), name
         weight = result["parameters"]["layers.0.mlp.up.weight"]
         assert not torch.equal(weight, weight.to(torch.bfloat16).float()), "the masters keep more than bf16"
+
+
+def never_start_a_sum(training: Training) -> None:
+    schedule = training.schedule
+    lists = [tuple(one for one in own if one.kind is not Kind.START_REDUCTION) for own in schedule.lists]
+    training.schedule = replace(schedule, lists=tuple(lists))
+    assert training.schedule != schedule
+    prove(training.schedule, dp=2)
+
+
+def never_sum(training: Training) -> None:
+    never_start_a_sum(training)
+    training.engine._start_sum = lambda bucket, key: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("reduce", ["step", "microbatch"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sums_that_no_instruction_starts_are_made_at_the_end(pool: WorkerPool, stage: int, reduce: str) -> None:
+    """In the same order. Four microbatches a rank: of two, either order gives the same bits."""
+    keys = (f"parallel.zero_stage={stage}", f"parallel.reduce_policy={reduce}", "train.global_batch_size=8")
+    config = config_of(*keys, world_size=2)
+    plain, late = pool.run(train, 2, config), pool.run(train, 2, config, never_start_a_sum)
+    assert same_bits(plain[0], late[0]) and same_bits(plain[1], late[1])
+    assert not same_bits(plain[0], pool.run(train, 2, config, never_sum)[0])  # negative control
 
 
 def whole(results: list[dict[str, Any]], config: RunConfig, what: str) -> dict[str, Tensor]:
@@ -215,7 +267,7 @@ def clip_hard(precision: str) -> dict[str, Any]:
         compute_gradients(training, batches(training, 0))
         before = training.engine.whole_gradient("head.weight")
         norm, _ = apply_gradients(training)
-        moment = training.optimizer_states["head"].first.clone()
+        moment = training.optimizer_states["head"].tensors["first"].clone()
         found[name] = before, training.engine.whole_gradient("head.weight"), moment, norm
     return found
 
@@ -240,3 +292,21 @@ def unknown_name() -> str:
 
 def test_a_parameter_that_is_elsewhere_is_named(pool: WorkerPool) -> None:
     assert "layers.9.mlp.up.weight is not on this pipeline stage" in pool.run(unknown_name, 1)[0]
+
+
+def lifetimes(stage: int) -> list[bool]:
+    """After a step, and after the run is let go of: whether the engine and its buckets are gone."""
+    training = start(config_of(f"parallel.zero_stage={stage}", world_size=1))
+    compute_gradients(training, batches(training, 0))
+    left = [weakref.ref(training.engine), *map(weakref.ref, training.engine.buckets.values())]
+    assert all(one() is not None for one in left)
+    del training
+    gc.collect()
+    return [one() is None for one in left]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_that_is_let_go_of_is_gone(pool: WorkerPool, stage: int) -> None:
+    """With its memory and its process groups: hooks on tensors are references that Python's collector does not see."""
+    (gone,) = pool.run(lifetimes, 1, stage)
+    assert all(gone), gone
