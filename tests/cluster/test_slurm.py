@@ -261,8 +261,7 @@ def test_slurm_warns_before_the_limit_and_a_cancelled_job_stays_away(cluster: Cl
     def job() -> Job:
         return cluster.job(number)
 
-    until(lambda: job().restarts == 1, job)
-    assert job().state == "PENDING"
+    until(lambda: (job().restarts, job().state) == (1, "PENDING"), job)  # COMPLETING before, while its first life ends
     assert notes.read_text().count("began") == 4
     cluster.hurry(number, "TimeLimit=5")
     until(lambda: notes.read_text().count("began") == 8, job)
