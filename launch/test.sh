@@ -92,6 +92,8 @@ fi
 pytest=(${apart[@]+"${apart[@]}"} "$venv/bin/python" -m pytest --durations=10 --durations-min=1
   -o "faulthandler_timeout=$limit_s" -o faulthandler_exit_on_timeout=true)
 say "testing"
+# All tests of launchers are there: the other rooms need not be looked through.
+[ "$cluster" = false ] || [ ${#arguments[@]} -gt 2 ] || arguments+=(tests/cluster tests/test_*.py)
 [ ${#arguments[@]} -eq 0 ] || exec "${pytest[@]}" "${arguments[@]}"
 
 # One test seldom keeps two cores busy: half of the rooms are tested beside the other half. In a group of its own (-m), as

@@ -134,6 +134,14 @@ def test_all_tests_are_those_of_two_halves(tmp_path: Path, fails: str, code: int
     assert len(rooms) > 5 and all((ROOT / room).is_dir() for room in rooms)
 
 
+def test_all_tests_of_launchers_are_where_they_are_looked_for() -> None:
+    marked = {
+        path.relative_to(ROOT / "tests") for path in ROOT.glob("tests/**/*.py") if "mark.cluster" in path.read_text()
+    }
+    assert {path.parts[0] for path in marked if len(path.parts) > 1} == {"cluster"}
+    assert Path(__file__).relative_to(ROOT / "tests") in marked, "they are seen"
+
+
 def test_the_quickstart_refuses_a_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a few words", encoding="utf-8")
     result = bash("launch/quickstart.sh", "--text", str(tmp_path / "note.txt"))
