@@ -98,7 +98,7 @@ say "testing"
 
 # One test seldom keeps two cores busy: half of the rooms are tested beside the other half. In a group of its own (-m), as
 # a process in the background of a script would ignore Ctrl-C, and with it what it starts.
-beside=(benchmarks config data inference models ops optim parity planner report tensor_parallel utils verify)
+beside=(benchmarks config data inference models ops optim parity pipeline planner report tensor_parallel utils verify)
 log=$(mktemp)
 set -m
 "${pytest[@]}" "${beside[@]/#/tests/}" >"$log" 2>&1 </dev/null &

@@ -76,7 +76,11 @@ def put(training: Training, poison: Poison, step_now: Callable[[], int]) -> None
     if parameter.grad is None:
         parameter.register_hook(spoil)
     else:
+        # Ahead of the engine's hook, which may begin to sum over ranks: what comes after it may miss the sum.
+        later = dict(parameter._post_accumulate_grad_hooks)
+        parameter._post_accumulate_grad_hooks.clear()
         parameter.register_post_accumulate_grad_hook(spoil_sum)
+        parameter._post_accumulate_grad_hooks.update(later)
 
 
 def job(
