@@ -20,7 +20,7 @@ from megatron_lite.models.initial import initial_shard
 from megatron_lite.ops.cross_entropy_shard import IGNORED_TARGET
 from megatron_lite.train.build import build, layout_of
 from megatron_lite.train.faults import remove_reduction
-from megatron_lite.train.step import apply_gradients, compute_gradients
+from megatron_lite.train.step import apply_gradients, compute_gradients, loss_scale
 from megatron_lite.utils.random import generator, standard_normal
 
 IGNORED_SHARE = 0.2
@@ -30,7 +30,7 @@ IGNORED_SHARE = 0.2
 class RankReport:
     """What one rank knows at the end. Shards are by global name; only the first data-parallel rank sends them.
 
-    losses, grad_norms: by step. gradients: of step 1, not clipped. digest: of all parameters and
+    losses, grad_norms: by step. gradients: of step 1, of the loss itself, not clipped. digest: of all parameters and
     gradients of this rank, for comparing data-parallel replicas.
     """
 
@@ -55,7 +55,7 @@ def run_trial(config: RunConfig, num_steps: int, without: str | None = None) -> 
     for step in range(num_steps):
         loss, _ = compute_gradients(training, list(proof_batch(config, step, mesh.dp.index)))
         if step == 0:
-            gradients = {name: training.engine.whole_gradient(name) for name in names}
+            gradients = {name: training.engine.whole_gradient(name) / loss_scale(training) for name in names}
         norm, _ = apply_gradients(training)
         losses.append(loss)
         grad_norms.append(norm)

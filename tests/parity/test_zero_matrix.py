@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations, product
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def complaint(proof: Proof, layout: ProofLayout, bounds: dict[str, float]) -> st
     found = proof.outcome(layout)
     errors = largest_errors(found, proof.reference())
     too_large = [f"{what} {error:.1e}" for what, error in errors.items() if not error <= bounds[what]]
+    if not all(map(math.isfinite, found.grad_norms)):
+        too_large.append(f"a step was skipped: norms {found.grad_norms}")
     bits = differing_values(found, proof.outcome(layout.base()))
     return ", ".join(too_large + [f"{len(bits)} values have other bits than {layout.base()}"] * bool(bits))
 

@@ -25,7 +25,7 @@ MODELS = {
 }
 # Every schedule with every number of virtual stages that it takes, as (name, number).
 SCHEDULES = [(name, v) for name, rule in SCHEDULE_RULES.items() for v in (1, 2) if rule.takes(v)]
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def zero_config(model: str, precision: str, num_samples: int = 16, **kernels: str) -> RunConfig:
