@@ -19,18 +19,9 @@ from megatron_lite.distributed.environments import (
     is_launched,
     own_rank,
 )
+from tests.distributed.test_rendezvous import TORCHRUN as OF_FIRST_START
 
-TORCHRUN = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "head",
-    "MASTER_PORT": "29500",
-    "TORCHELASTIC_RUN_ID": "none",
-    "TORCHELASTIC_RESTART_COUNT": "2",
-    "TORCHELASTIC_USE_AGENT_STORE": "True",
-}
+TORCHRUN = {**OF_FIRST_START, "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 DEEPSPEED = {
     "RANK": "3",
     "WORLD_SIZE": "4",

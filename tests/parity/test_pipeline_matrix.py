@@ -26,17 +26,13 @@ from megatron_lite.verify.proof import Proof, Verdict, differing_values
 from megatron_lite.verify.shrink import shrink
 from megatron_lite.verify.table import complaints, verdict_table
 from megatron_lite.verify.trial import perturbed_weights, proof_batch
+from tests.parity import zero_cases
 
-# As many layers as the largest case has chunks.
-_COMMON = (
-    "model.num_layers=16", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_heads=4",
-    "model.vocab_size=97", "model.max_seq_len=16", "train.seq_len=8", "train.global_batch_size=16",
-    "train.num_steps=4", "optim.lr=1e-3", "optim.warmup_steps=2",
-)  # fmt: skip
+NUM_LAYERS = "model.num_layers=16"  # as many as the largest case has chunks
 MODELS = {
-    "gpt2-tied": ("model.family=gpt2",),
-    "llama-untied": ("model.family=llama", "model.num_kv_heads=2"),
-    "llama-tied": ("model.family=llama", "model.num_kv_heads=2", "model.tie_embeddings=true"),
+    "gpt2-tied": zero_cases.MODELS["tied"],
+    "llama-untied": zero_cases.MODELS["untied"],
+    "llama-tied": zero_cases.MODELS["llama-tied"],
 }
 SIZES = (2, 4, 8)
 # A proof's own 8 samples are 4 microbatches where dp is 2: too few for a schedule of 8 chunks to leave its warm-up.
@@ -44,7 +40,7 @@ NUM_SAMPLES = 16
 
 
 def pipeline_config(model: str, dtype: str, precision: str | None = None) -> RunConfig:
-    config = shrink(load_config(None, [*_COMMON, *MODELS[model]]), dtype)
+    config = shrink(load_config(None, [NUM_LAYERS, *zero_cases.NARROW, *MODELS[model]]), dtype)
     update = {"global_batch_size": NUM_SAMPLES, "precision": precision or config.train.precision}
     return config.model_copy(update={"train": config.train.model_copy(update=update)})
 

@@ -1,4 +1,4 @@
-"""Models and layouts of the ZeRO tests."""
+"""Models and layouts of the ZeRO tests; those of pipelines run the same models, deeper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from megatron_lite.verify.layouts import ZERO_STAGES, ProofLayout
 from megatron_lite.verify.proof import Proof
 from megatron_lite.verify.shrink import shrink
 
-# As many layers as the largest case has chunks.
-_COMMON = (
-    "model.num_layers=8", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_heads=4",
+NARROW = (
+    "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_heads=4",
     "model.vocab_size=97", "model.max_seq_len=16", "train.seq_len=8", "train.global_batch_size=16",
     "train.num_steps=4", "optim.lr=1e-3", "optim.warmup_steps=2",
 )  # fmt: skip
@@ -23,6 +22,7 @@ MODELS = {
     "untied": ("model.family=llama", "model.num_kv_heads=2"),
     "llama-tied": ("model.family=llama", "model.num_kv_heads=2", "model.tie_embeddings=true"),
 }
+NUM_LAYERS = "model.num_layers=8"  # as many as the largest case has chunks
 # Every schedule with every number of virtual stages that it takes, as (name, number).
 SCHEDULES = [(name, v) for name, rule in SCHEDULE_RULES.items() for v in (1, 2) if rule.takes(v)]
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -30,7 +30,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 def zero_config(model: str, precision: str, num_samples: int = 16, **kernels: str) -> RunConfig:
     """A proof's config; ``num_samples`` of a global batch, one in a microbatch."""
-    config = shrink(load_config(None, [*_COMMON, *MODELS[model]]), "float32")
+    config = shrink(load_config(None, [NUM_LAYERS, *NARROW, *MODELS[model]]), "float32")
     train = config.train.model_copy(update={"precision": precision, "global_batch_size": num_samples})
     return config.model_copy(update={"train": train, "kernels": config.kernels.model_copy(update=kernels)})
 
