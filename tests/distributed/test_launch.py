@@ -106,7 +106,9 @@ def test_a_requested_port_is_used(tmp_path: Path) -> None:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     assert launch_local(HERE + "meet", (str(tmp_path), "", port), nproc=2, port=port) == 0
-    assert launch_local(HERE + "meet", (str(tmp_path), "", port), nproc=1) == 2  # the control: nobody listens
+    with socket.socket() as silent:  # the control: nobody listens there, and nobody else can while it is bound
+        silent.bind(("", 0))
+        assert launch_local(HERE + "meet", (str(tmp_path), "", silent.getsockname()[1]), nproc=1) == 2
 
 
 def test_a_port_in_use_is_named_with_the_remedy() -> None:
