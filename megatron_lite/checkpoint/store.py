@@ -23,7 +23,7 @@ from megatron_lite.checkpoint.shards import read_all
 from megatron_lite.checkpoint.storage import FolderReader, FolderWriter, metadata_of, reads_of
 from megatron_lite.checkpoint.tensor_files import CheckpointError
 from megatron_lite.config.schema import ModelConfig
-from megatron_lite.distributed.agreement import together
+from megatron_lite.distributed.agreement import agreed, together
 from megatron_lite.distributed.mesh import Axis
 
 __all__ = ["load", "load_alone", "read_manifest", "save"]
@@ -108,5 +108,5 @@ def _raised_as_ours(axis: Axis) -> Iterator[None]:
         except CheckpointException as caught:
             first = caught.failures[min(caught.failures)][0]
             if isinstance(first, ValueError | OSError):
-                raise CheckpointError(str(first)) from caught
+                raise agreed(CheckpointError(str(first)), axis) from caught
             raise first from caught

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
+
 from megatron_lite.distributed import collectives
 from megatron_lite.distributed.mesh import Axis
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 def together(action: Callable[[], T], axis: Axis, failure: type[Exception]) -> T:
@@ -30,4 +33,11 @@ def raise_together(error: Exception | None, axis: Axis, failure: type[Exception]
     messages = collectives.gather_objects(None if error is None else str(error), axis)
     first = next((message for message in messages if message is not None), None)
     if first is not None:
-        raise failure(first) from error
+        raise agreed(failure(first), axis) from error
+
+
+def agreed(error: E, axis: Axis) -> E:
+    """The error, which every rank of the axis is about to raise with the same message. If these are all ranks it is
+    marked, and rank 0 alone says it (`rank.run_rank`)."""
+    error.is_agreed = not dist.is_initialized() or axis.size == dist.get_world_size()  # type: ignore[attr-defined]
+    return error

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,9 @@ from megatron_lite.distributed.faults import LostPeer, is_user_error, lost_a_pee
 
 # 75 is EX_TEMPFAIL of sysexits.h: stopped by a signal that asks for it, and to be started again.
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_REQUEUE = 1, 2, 75
-# A rank that lost a peer waits this long before it ends, so that the launcher sees first the one that went first.
-LOST_PEER_PATIENCE_S = 5.0
+# A rank that lost a peer waits this long before it ends, so that the launcher sees first the one that went first; and
+# so does one that leaves it to rank 0 to say what all have, so that rank 0 is not ended before it has.
+PATIENCE_S = 5.0
 LOG_TAIL_LINES = 30
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 SIGNAL_HINTS = {
@@ -34,7 +36,8 @@ SIGNAL_HINTS = {
 class RankEnd:
     """How a rank ended. No summary: it returned a nonzero exit code by itself. No traceback: it died, or all is said.
 
-    is_told: rank 0, which has the terminal, has said it. is_said: some rank has, where each has a terminal.
+    is_told: rank 0, which has the terminal, has said it. is_said: where each has a terminal, some rank has, or the
+    agent of another machine sees to it.
     """
 
     rank: int
@@ -63,9 +66,10 @@ def run_rank(
 
     The code is what the function returns if that is an int, else 0; 2 for a user's error; 1 for any other. An error
     goes to the file that torchrun's agent reads (TORCHELASTIC_ERROR_FILE), if any, and to stderr: from rank 0 alone if
-    every rank has it, so that it is said once; under torchrun else from local rank 0, for the agent speaks of others;
-    and from no rank under `launch_local`, which says it itself. A rank that only lost a peer says in one line what it
-    waited for, if it knows, and waits for the launcher to end it, so as not to pose as the cause.
+    every rank has it, so that it is said once, and the others wait for the launcher to end them; under torchrun else
+    from local rank 0, for the agent speaks of others; and from no rank under `launch_local`, which says it itself. A
+    rank that only lost a peer says in one line what it waited for, if it knows, and waits for the launcher to end it,
+    so as not to pose as the cause.
     """
     environ = os.environ if environ is None else environ
     if ATTEMPT_VARIABLE in environ:
@@ -84,7 +88,7 @@ def run_rank(
         if place.world_size > 1 and lost_a_peer(str(error)):
             if isinstance(error, LostPeer) and not is_said:
                 print(f"rank {place.rank}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            time.sleep(LOST_PEER_PATIENCE_S)
+            time.sleep(PATIENCE_S)
         end = _end_of(error, place)
     else:
         code = result if isinstance(result, int) else 0
@@ -92,11 +96,24 @@ def run_rank(
     if end.exit_code:
         error_file = environ.get("TORCHELASTIC_ERROR_FILE", "")
         speaks = _speaks(place, is_agreed=is_agreed, agent_knows=bool(error_file))
-        is_written = write_error_file(replace(end, is_said=is_said or is_agreed or speaks), error_file)
+        is_said_elsewhere = is_agreed and place.rank != place.local_rank
+        is_written = write_error_file(replace(end, is_said=is_said or is_said_elsewhere or speaks), error_file)
         message = describe(end, place.world_size, None)
         if message and not is_said and _speaks(place, is_agreed=is_agreed, agent_knows=is_written):
-            print(message, file=sys.stderr)
+            print(message, file=sys.stderr, flush=True)
+        if is_agreed and place.rank > 0 and place.launcher != "--nproc":
+            _wait_for_end()
     return end.exit_code
+
+
+def _wait_for_end() -> None:
+    """Until the launcher ends this rank by SIGTERM, `PATIENCE_S` at most. Its exit code is its own all the same."""
+    is_asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: is_asked.set())
+    try:
+        is_asked.wait(PATIENCE_S)
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _end_with_agent() -> None:

@@ -27,11 +27,15 @@ _LOSS = -1  # its depth: behind the last layer
 
 
 class DivergedError(ValueError):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient is no longer a number. Every rank raises it, with the same message."""
+
+    is_agreed = True
 
 
 class LossScaleError(ValueError):
-    """fp16: so many steps in a row overflowed that no loss scale will do."""
+    """fp16: so many steps in a row overflowed that no loss scale will do. Raised as DivergedError is."""
+
+    is_agreed = True
 
 
 @dataclass(frozen=True, order=True)

@@ -23,7 +23,7 @@ from megatron_lite.config.batch_rampup import batch_size_at
 from megatron_lite.config.schema import RunConfig
 from megatron_lite.data import BatchLoader, Microbatch
 from megatron_lite.distributed import collectives
-from megatron_lite.distributed.agreement import together
+from megatron_lite.distributed.agreement import agreed, together
 from megatron_lite.distributed.faults import lost_a_peer
 from megatron_lite.distributed.mesh import Mesh, build_mesh
 from megatron_lite.distributed.rank import exit_code_of
@@ -211,7 +211,8 @@ def _refuse_other_files(config: RunConfig, mesh: Mesh) -> None:
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             ranks = ", ".join(map(str, others[:8])) + (" and more" if len(others) > 8 else "")
-            raise RunError(f"{path}: ranks {ranks} read another file than rank 0; give every machine the same one")
+            message = f"{path}: ranks {ranks} read another file than rank 0; give every machine the same one"
+            raise agreed(RunError(message), mesh.world)
 
 
 def _digest(path: Path) -> str:

@@ -75,6 +75,7 @@ def test_else_it_is_left_alone(does: str, children: tuple[str, ...]) -> None:
 RANKS = """
 import os, sys, time
 from pathlib import Path
+from megatron_lite.distributed.meeting import MeetingError
 from megatron_lite.distributed.rank import run_rank
 
 def function(folder, ends):
@@ -83,16 +84,21 @@ def function(folder, ends):
         file.write(f"{{os.environ['MEGATRON_LITE_ATTEMPT']}} {{os.getpid()}}\\n")
     if ends == "user":
         raise ValueError("tp is 3; use 2 or 4")
+    if ends == "agreed":  # which every rank raises
+        raise MeetingError("the disk is full")
     if ends == "stay":
         time.sleep(600)
     return int(ends) if len(starts.read_text().splitlines()) > 2 or ends != "4" else 3
 
-sys.exit(run_rank(function, {arguments!r}))
+code = run_rank(function, {arguments!r})
+if os.environ["RANK"] == "0":
+    time.sleep({delay_s})  # what it has to put away may take a while
+sys.exit(code)
 """
 
 
-def agent_of(folder: Path, ends: str, *options: str) -> subprocess.Popen[str]:
-    (folder / "ranks.py").write_text(RANKS.format(arguments=(str(folder), ends)))
+def agent_of(folder: Path, ends: str, *options: str, delay_s: float = 0) -> subprocess.Popen[str]:
+    (folder / "ranks.py").write_text(RANKS.format(arguments=(str(folder), ends), delay_s=delay_s))
     words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1", *options, str(folder / "ranks.py")]
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_lite.distributed.agent", *words],
@@ -111,6 +117,13 @@ def test_what_the_user_can_mend_is_said_once_and_not_tried_again(tmp_path: Path)
     assert agent.returncode == 2 and len(starts(tmp_path)) == 1
     assert [line for line in said.splitlines() if "tp is 3" in line] == ["error: tp is 3; use 2 or 4"]
     assert "Traceback" not in said
+
+
+def test_what_every_rank_raises_is_said_once_whichever_ends_first(tmp_path: Path) -> None:
+    with agent_of(tmp_path, "agreed", "--nproc-per-node", "2", delay_s=2) as agent:
+        _, said = agent.communicate(timeout=120)
+    assert agent.returncode == 2 and len(starts(tmp_path)) == 2
+    assert [line for line in said.splitlines() if "the disk is full" in line] == ["error: the disk is full"]
 
 
 def test_a_run_that_was_stopped_is_not_started_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_lite.distributed import rank as rank_module
 from megatron_lite.distributed.faults import is_user_error
 from megatron_lite.distributed.launch import SAME_WISH_S, launch_local
+from megatron_lite.distributed.meeting import MeetingError
 from megatron_lite.distributed.rank import run_rank
 from megatron_lite.distributed.rendezvous import world
 
@@ -260,6 +263,33 @@ def test_run_rank_under_torchrun_speaks_once_a_host_and_tells_the_agent(
         assert run_rank(raise_, (ValueError("a typo"),), environ=environ) == 2
         assert capsys.readouterr().err == ("error: a typo\n" if local_rank == 0 else "")
         assert json.loads(error_file.read_text())["message"]["message"] == "a typo"
+
+
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_run_rank_leaves_to_rank_0_what_every_rank_has(
+    has_agent: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait, so that it is not ended before it has spoken. Should it be, the agent beside it says it."""
+    monkeypatch.setattr(rank_module, "PATIENCE_S", 0.5)
+    for rank, local_rank, is_said in ((0, 0, True), (1, 1, False), (2, 0, True), (3, 1, True)):
+        error_file = tmp_path / f"{rank}.json"
+        place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+        environ = {**place, "TORCHELASTIC_ERROR_FILE": str(error_file) if has_agent else ""}
+        since = time.monotonic()
+        assert run_rank(raise_, (MeetingError("a full disk"),), environ=environ) == 2
+        assert (time.monotonic() - since > 0.4) == (rank > 0)
+        assert capsys.readouterr().err == ("error: a full disk\n" if rank == 0 else "")
+        if has_agent:
+            assert json.loads(error_file.read_text())["megatron_lite"]["is_said"] == is_said
+
+
+def test_a_rank_that_waits_for_rank_0_ends_when_it_is_told_with_its_own_code() -> None:
+    environ = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    since = time.monotonic()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_rank(raise_, (MeetingError("a full disk"),), environ=environ) == 2
+    assert time.monotonic() - since < rank_module.PATIENCE_S
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_librarys_own_value_error_is_a_bug_and_not_the_users() -> None:
